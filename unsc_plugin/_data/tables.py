@@ -1,0 +1,85 @@
+"""Tables to features: standardised numbers, one-hot categories, all fitted on training rows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from unsc_plugin.errors import DataError
+
+Columns = Mapping[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class TableEncoder:
+    """What train says about every column: mean and deviation, or the categories.
+
+    Columns that are constant in train are left out; a category that train does not have becomes all
+    zeros.
+    """
+
+    numbers: Mapping[str, tuple[float, float]]
+    categories: Mapping[str, tuple[str, ...]]
+
+    @classmethod
+    def fit(cls, columns: Columns) -> TableEncoder:
+        """Return the encoder of these training columns.
+
+        Raises:
+            DataError: a number that is missing or infinite, or no column that varies.
+        """
+        numbers: dict[str, tuple[float, float]] = {}
+        categories: dict[str, tuple[str, ...]] = {}
+        for name, values in columns.items():
+            if values.dtype == object:
+                found = tuple(sorted(set(values.tolist())))
+                if len(found) > 1:
+                    categories[name] = found
+            else:
+                _require_finite(name, values)
+                if len(values) and values.min() < values.max():
+                    numbers[name] = (float(values.mean()), float(values.std()))
+        if not numbers and not categories:
+            raise DataError(
+                f"expected at least one column that varies, got {sorted(columns)}; "
+                "check columns.input and columns.drop"
+            )
+        return cls(numbers, categories)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The name of every feature, in order; one-hot ones read `column=category`."""
+        hot = [f"{name}={value}" for name, found in self.categories.items() for value in found]
+        return (*self.numbers, *hot)
+
+    def __call__(self, columns: Columns) -> Tensor:
+        """Return the features, float32 (n, D): (x - mean)/deviation, then the one-hot blocks.
+
+        Raises:
+            DataError: a number that is missing or infinite.
+        """
+        blocks = []
+        for name, (mean, deviation) in self.numbers.items():
+            _require_finite(name, columns[name])
+            blocks.append(((columns[name] - mean) / deviation)[:, None].astype(np.float32))
+        for name, found in self.categories.items():
+            code = {value: position for position, value in enumerate(found)}
+            at = np.array([code.get(value, -1) for value in columns[name].tolist()], np.int64)
+            block = np.zeros((len(at), len(found)), np.float32)
+            known = np.flatnonzero(at >= 0)
+            block[known, at[known]] = 1
+            blocks.append(block)
+        return torch.from_numpy(np.concatenate(blocks, axis=1))
+
+
+def _require_finite(name: str, values: np.ndarray) -> None:
+    wrong = int((~np.isfinite(values)).sum())
+    if wrong:
+        raise DataError(
+            f"expected numbers in column {name!r}, got {wrong} missing or infinite values; "
+            "fill them before, or list the column in columns.drop"
+        )

@@ -1,0 +1,421 @@
+"""From a model to named numbers: the frame of a draw, what is observed, what is computed from it.
+
+Every model of a draw, be it unlearned, original or retrained, is observed through the same
+:class:`Frame`: the same rows, the same shots, the same relearning. Numbers are then computed from
+cached :class:`Outputs`, so that no retrained model is ever loaded again.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from unsc_plugin import engine
+from unsc_plugin.data import Splits
+from unsc_plugin.errors import DataError, DivergedError
+from unsc_plugin.forget import Request
+from unsc_plugin.metrics import _catalogue, distance, divergence, membership, mubench, probe
+from unsc_plugin.metrics.accuracy import accuracy
+from unsc_plugin.rows import Rows
+from unsc_plugin.spec import EvaluationSpec, Recipe, derive, fingerprint
+
+GROUPS = ("core", "mia", "mubench")
+CLASS_KINDS = ("class", "subclass")
+LABEL_ONLY = ("acc_test_retained", "acc_test_forgotten", "acc_test_siblings")
+
+
+@dataclass(frozen=True)
+class Frame:
+    """What every model of a draw is measured on.
+
+    `forgotten` marks the test rows of the forgotten (sub-)labels, `siblings` those of kept
+    sub-labels of the same label; both are empty masks for other kinds. `shots` is None where a
+    (sub-)label has too few training rows. `codes` are the (sub-)labels of the test rows that the
+    probe has to recover.
+    """
+
+    kind: str
+    data: str
+    forget: Rows
+    retain: Rows
+    retain_eval: Rows
+    test: Rows
+    forgotten: Tensor
+    siblings: Tensor
+    recipe: Recipe
+    spec: EvaluationSpec
+    seed: int
+    draw: int
+    shots: probe.Shots | None
+    shot_rows: Rows | None
+    codes: np.ndarray
+    missing: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def relearn_steps(self) -> int:
+        """Steps of the relearn probe: given, or one epoch of D_r, at least 50, at most 1000."""
+        if self.spec.relearn.steps != "auto":
+            return int(self.spec.relearn.steps)
+        return min(max(-(-len(self.retain) // self.recipe.batch_size), 50), 1000)
+
+    def identity(self) -> str:
+        """Return the SHA-256 of everything that decides what :func:`observe` sees."""
+        rows = [self.forget, self.retain_eval, self.test, self.retain]
+        return fingerprint(
+            [
+                [fingerprint(part.index.tolist()) for part in rows],
+                self.kind,
+                self.recipe,
+                self.spec.relearn,
+                self.spec.probe,
+                [self.seed, self.draw, engine.FIT_VERSION],
+            ]
+        )
+
+
+def frame(
+    splits: Splits,
+    request: Request,
+    recipe: Recipe,
+    spec: EvaluationSpec,
+    *,
+    seed: int,
+    draw: int = 0,
+) -> Frame:
+    """Return the frame of a request; `seed` and `draw` fix every draw in it."""
+    train, test = splits.train, splits.test
+    retain = train.subset(request.retain)
+    shown = _stratified(retain.labels, spec.retain_eval, derive(seed, "retain_eval", draw))
+    train_codes, test_codes, forgotten, siblings = _codes(splits, request)
+    missing: dict[str, str] = {}
+    shots, shot_rows = None, None
+    if request.kind in CLASS_KINDS and bool(forgotten.any()):
+        try:
+            shots = probe.draw_shots(
+                train_codes,
+                seed=derive(seed, "shots", draw),
+                shots=spec.probe.shots,
+                repeats=spec.probe.repeats,
+            )
+            shot_rows = train.subset(shots.rows)
+        except DataError as error:
+            missing["probe5"] = str(error)
+    return Frame(
+        kind=request.kind,
+        data=splits.info.name,
+        forget=train.subset(request.forget),
+        retain=retain,
+        retain_eval=retain.subset(shown),
+        test=test,
+        forgotten=forgotten,
+        siblings=siblings,
+        recipe=recipe,
+        spec=spec,
+        seed=seed,
+        draw=draw,
+        shots=shots,
+        shot_rows=shot_rows,
+        codes=test_codes[forgotten.numpy()],
+        missing=missing,
+    )
+
+
+def _stratified(labels: Tensor, limit: int | str, seed: int) -> np.ndarray:
+    """Return at most `limit` ascending positions whose label shares are those of `labels`."""
+    count = len(labels)
+    if limit == "all" or count <= int(limit):
+        return np.arange(count)
+    generator = np.random.default_rng(seed)
+    column = labels.numpy()
+    by_label = [generator.permutation(np.flatnonzero(column == k)) for k in np.unique(column)]
+    taken = [rows[: max(1, round(int(limit) * len(rows) / count))] for rows in by_label]
+    return np.sort(np.concatenate(taken))[: int(limit)]
+
+
+def _codes(splits: Splits, request: Request) -> tuple[np.ndarray, np.ndarray, Tensor, Tensor]:
+    """Return (sub-)label codes of train and test, and the masks of forgotten and sibling rows."""
+    train, test = splits.train, splits.test
+    none = torch.zeros(len(test), dtype=torch.bool)
+    if request.kind == "class":
+        gone = torch.isin(test.labels, torch.tensor(sorted(request.classes)))
+        return train.labels.numpy(), test.labels.numpy(), gone, none
+    if request.kind == "subclass" and request.spec.column in test.extra:
+        column, other = train.extra[request.spec.column], test.extra[request.spec.column]
+        names = {name: code for code, name in enumerate(sorted({*column, *other}))}
+        train_codes = np.array([names[name] for name in column])
+        test_codes = np.array([names[name] for name in other])
+        gone = torch.from_numpy(np.isin(test_codes, np.unique(train_codes[request.forget])))
+        parents = torch.unique(train.labels[torch.as_tensor(request.forget)])
+        return train_codes, test_codes, gone, torch.isin(test.labels, parents) & ~gone
+    return train.labels.numpy(), test.labels.numpy(), none, none
+
+
+# --------------------------------------------------------------------------- observing
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """What a model does on a frame: logits float32 (rows, K) per split, and numbers of its own.
+
+    `numbers` holds what needs the model itself: `relearn_retain` (with `_quarter`, `_half`) and
+    `probe5`.
+    """
+
+    forget: np.ndarray
+    retain_eval: np.ndarray
+    test: np.ndarray
+    numbers: Mapping[str, float]
+
+    def save(self, path: Path) -> None:
+        """Write the logits as safetensors and the numbers beside them as JSON."""
+        tensors = {name: torch.from_numpy(getattr(self, name)) for name in _LOGITS}
+        save_file(tensors, path)
+        path.with_suffix(".json").write_text(json.dumps(dict(self.numbers), sort_keys=True))
+
+    @classmethod
+    def load(cls, path: Path) -> Outputs:
+        """Read what :meth:`save` wrote."""
+        tensors = load_file(path)
+        numbers = json.loads(path.with_suffix(".json").read_text())
+        return cls(**{name: tensors[name].numpy() for name in _LOGITS}, numbers=numbers)
+
+
+_LOGITS = ("forget", "retain_eval", "test")
+
+
+def observe(
+    model: nn.Module, frame: Frame, *, relearn_seed: int, device: Any = None, relearn: bool = True
+) -> Outputs:
+    """Return what `model` does on `frame`; the model is left as it was.
+
+    Raises:
+        DivergedError: a logit is not finite.
+    """
+    logits = {}
+    for name in _LOGITS:
+        found = engine.predict(model, getattr(frame, name), device=device).logits
+        if not bool(torch.isfinite(found).all()):
+            raise DivergedError(f"a logit on {name} is not finite")
+        logits[name] = found.numpy()
+    numbers: dict[str, float] = {}
+    if frame.shots is not None and frame.shot_rows is not None:
+        seen = frame.test.subset(torch.nonzero(frame.forgotten)[:, 0])
+        shot = engine.predict(model, frame.shot_rows, device=device, features=True).features
+        query = engine.predict(model, seen, device=device, features=True).features
+        numbers["probe5"] = probe.prototype_recall(shot, frame.shots, query, frame.codes)
+    if relearn:
+        numbers |= _relearnt(model, frame, relearn_seed, device)
+    return Outputs(**logits, numbers=numbers)
+
+
+def _relearnt(model: nn.Module, frame: Frame, seed: int, device: Any) -> dict[str, float]:
+    """Return the forget accuracy after a quarter, half and all steps of training on D_r only."""
+    student = copy.deepcopy(model)
+    for parameter in student.parameters():
+        parameter.requires_grad_(parameter.is_floating_point())
+    steps = frame.relearn_steps
+    marks = {max(steps // 4, 1): "_quarter", max(steps // 2, 1): "_half", steps: ""}
+    found: dict[str, float] = {}
+
+    def measure(step: int) -> None:
+        logits = engine.predict(student, frame.forget, device=device).logits
+        found[f"relearn_retain{marks[step]}"] = accuracy(logits, frame.forget.labels)
+
+    try:
+        engine.fit_steps(
+            student,
+            frame.retain,
+            frame.recipe,
+            steps=steps,
+            lr=frame.spec.relearn.lr_scale * frame.recipe.lr,
+            seed=seed,
+            device=device,
+            at=sorted(marks),
+            observe=measure,
+        )
+    except DivergedError:
+        return {}  # the probe diverged: relearn_retain is absent, with that reason
+    return found
+
+
+# --------------------------------------------------------------------------- numbers
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Named numbers of a subject, the same of the retrained pool, and what is absent and why."""
+
+    metrics: dict[str, float]
+    reference: dict[str, float]
+    reference_std: dict[str, float]
+    missing: dict[str, str]
+
+
+def evaluate(
+    subject: Outputs,
+    pool: Sequence[Outputs],
+    frame: Frame,
+    *,
+    original_test_accuracy: float | None = None,
+    mubench_method: str = "",
+    groups: Iterable[str] = GROUPS,
+) -> Evaluation:
+    """Return the default tier of `subject` on `frame`, against the retrained `pool` (may be empty).
+
+    `reference` is the mean over the pool of every number that a single model has; the distances of
+    the subject to the pool are in `metrics`. Absent numbers are in `missing` with the reason.
+
+    Raises:
+        DataError: an unknown group.
+    """
+    groups = set(groups)
+    if groups - set(GROUPS):
+        raise DataError(
+            f"expected groups of {', '.join(GROUPS)}, got {sorted(groups - set(GROUPS))}"
+        )
+    missing = dict(frame.missing)
+
+    def single(outputs: Outputs, absent: dict[str, str]) -> dict[str, float]:
+        found = _accuracies(outputs, frame) | dict(outputs.numbers)
+        if "mia" in groups:
+            found |= _membership(outputs, frame, absent)
+        if "mubench" in groups:
+            found |= _mubench(outputs, frame, original_test_accuracy, mubench_method)
+        return found
+
+    own = single(subject, missing)
+    members = [single(member, {}) for member in pool]
+    reference = {
+        name: float(np.mean([member[name] for member in members]))
+        for name in own
+        if members and all(name in member for member in members)
+    }
+    spread = {
+        name: float(np.std([member[name] for member in members], ddof=1))
+        for name in reference
+        if len(members) > 1
+    }
+    if pool:
+        own |= _distances(subject, pool, frame, own, members)
+    else:
+        missing["tow"] = "no retrained model to compare with"
+    if "relearn_retain" not in own:
+        missing["relearn_retain"] = "the probe was left out or its training diverged"
+    if original_test_accuracy is None and "mubench" in groups:
+        missing["mubench.unlearn_overall_accuracy"] = "the original's test accuracy is not known"
+    return Evaluation(_ordered(own), _ordered(reference), _ordered(spread), missing)
+
+
+def _ordered(numbers: Mapping[str, float]) -> dict[str, float]:
+    place = {name: at for at, name in enumerate(_catalogue.METRICS)}
+    return {name: numbers[name] for name in sorted(numbers, key=lambda n: (place.get(n, 999), n))}
+
+
+def _accuracies(outputs: Outputs, frame: Frame) -> dict[str, float]:
+    test, labels = outputs.test, frame.test.labels.numpy()
+    found = {
+        "acc_forget": accuracy(outputs.forget, frame.forget.labels, split="forget"),
+        "acc_retain": accuracy(outputs.retain_eval, frame.retain_eval.labels, split="retain"),
+        "acc_test": accuracy(test, labels, split="test"),
+    }
+    if frame.kind not in CLASS_KINDS:
+        return found
+    masks = (~frame.forgotten, frame.forgotten, frame.siblings)
+    for name, mask in zip(LABEL_ONLY, masks, strict=True):
+        rows = mask.numpy()
+        if rows.any():
+            found[name] = accuracy(test[rows], labels[rows], split="test")
+    return found
+
+
+def _nonmembers(frame: Frame) -> np.ndarray:
+    mask = frame.forgotten if frame.kind in CLASS_KINDS else torch.ones_like(frame.forgotten)
+    return mask.numpy()
+
+
+def _membership(outputs: Outputs, frame: Frame, missing: dict[str, str]) -> dict[str, float]:
+    rows = _nonmembers(frame)
+    labels = frame.test.labels.numpy()[rows]
+    logits, forget_labels = outputs.test[rows], frame.forget.labels.numpy()
+    if not rows.any():
+        missing["umia_auc"] = "no test rows of the forgotten (sub-)labels"
+        return {}
+    found: dict[str, float] = {}
+    inside = membership.confidence(outputs.forget, forget_labels, split="forget")
+    outside = membership.confidence(logits, labels, split="test")
+    try:
+        weight = membership.label_histogram_weights(labels, forget_labels)
+        found["umia_auc"] = membership.umia_auc(inside, outside, weight)
+        rate = membership.umia_tpr1(inside, outside, weight, frame.spec.mia.fpr)
+        if rate is None:
+            missing["umia_tpr1"] = f"fewer than {membership.MIN_NONMEMBERS} non-members"
+        else:
+            found["umia_tpr1"] = rate
+    except DataError as error:
+        missing["umia_auc"] = str(error)
+    try:
+        found["umia_logistic"] = membership.logistic_mia(
+            membership.cross_entropy(outputs.forget, forget_labels, split="forget"),
+            membership.cross_entropy(logits, labels, split="test"),
+            seed=derive(frame.seed, "umia_logistic", frame.draw),
+        )
+    except DataError as error:
+        missing["umia_logistic"] = str(error)
+    return found
+
+
+def _mubench(
+    outputs: Outputs, frame: Frame, original_test_accuracy: float | None, method: str
+) -> dict[str, float]:
+    return mubench.block(
+        test=(outputs.test, frame.test.labels),
+        forget=(outputs.forget, frame.forget.labels),
+        retain=(outputs.retain_eval, frame.retain_eval.labels),
+        orig_dt=original_test_accuracy,
+        dataset=frame.data,
+        method=method,
+        seed=derive(frame.seed, "zrf", frame.draw),
+    )
+
+
+def _distances(
+    subject: Outputs,
+    pool: Sequence[Outputs],
+    frame: Frame,
+    own: Mapping[str, float],
+    members: Sequence[Mapping[str, float]],
+) -> dict[str, float]:
+    def values(name: str) -> list[float]:
+        return [member[name] for member in members if name in member]
+
+    found = {
+        name.replace("acc_", "delta_", 1): distance.delta(own[name], values(name))
+        for name in own
+        if name.startswith("acc_") and len(values(name)) == len(members)
+    }
+    kept = "acc_test_retained" if "acc_test_retained" in own else "acc_test"
+    parts = [
+        own[name] - distance.mean_of_pool(values(name))
+        for name in ("acc_forget", "acc_retain", kept)
+    ]
+    found["tow"] = distance.tow(*parts)
+    found["avg_gap"] = distance.avg_gap(*(100 * part for part in parts))
+    found["js_forget"] = divergence.js_to_pool(subject.forget, [m.forget for m in pool])
+    found["js_test"] = divergence.js_to_pool(subject.test, [m.test for m in pool])
+    found["disagree_forget"] = divergence.disagree(subject.forget, [m.forget for m in pool])
+    for name, gap in _GAPS.items():
+        if name in own and len(values(name)) == len(members):
+            found[gap] = distance.gap(own[name], values(name))
+    return found
+
+
+_GAPS = {"umia_auc": "gap_umia_auc", "relearn_retain": "gap_relearn", "probe5": "gap_probe5"}

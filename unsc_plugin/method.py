@@ -1,0 +1,756 @@
+"""The contract of an unlearning method: what it is given, what it gives back, what is enforced.
+
+An author writes one class with a frozen `Config` and :meth:`UnlearningMethod.run`. The public call,
+:meth:`UnlearningMethod.unlearn`, is final: it works on a private copy, seeds, guards the splits,
+measures, checks and restores, so that no author has to be trusted for any of it.
+"""
+
+from __future__ import annotations
+
+import abc
+import copy
+import dataclasses
+import hashlib
+import inspect
+import math
+import types
+import typing
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Literal, final
+
+import torch
+from torch import Tensor, nn
+
+from unsc_plugin.errors import (
+    ArchitectureChanged,
+    ConfigError,
+    DivergedError,
+    ForgetSetError,
+    FrozenChanged,
+    ScenarioNotSupported,
+    SplitAccessError,
+    WeightsNotSupported,
+    nearest,
+)
+from unsc_plugin.rows import Batch, Loader, Rows
+from unsc_plugin.runtime import (
+    Clock,
+    PeakMemory,
+    WorkCounter,
+    first_non_finite,
+    sealed,
+    state_sha256,
+)
+from unsc_plugin.spec import Recipe, Scenario, Split, derive, fingerprint
+
+__all__ = [
+    "Batch",
+    "Budget",
+    "Context",
+    "Loader",
+    "Prepared",
+    "Progress",
+    "Recipe",
+    "Result",
+    "Scenario",
+    "Split",
+    "TrainingConfig",
+    "UnlearningMethod",
+    "UnlearningTask",
+    "Weights",
+    "from_function",
+    "option",
+]
+
+
+# --------------------------------------------------------------------------- configuration
+
+
+def option(
+    default: Any,
+    meaning: str,
+    *,
+    low: float | None = None,
+    high: float | None = None,
+    above: float | None = None,
+    choices: tuple[Any, ...] = (),
+    search: tuple[float, float, Literal["log", "linear"]] | None = None,
+    probe: Any = None,
+    inert: str = "",
+) -> Any:
+    """Return a field of a `Config` with its meaning and allowed range.
+
+    `low` and `high` are closed bounds, `above` an open lower bound; `search` is the range of a
+    random search; `probe` is the value that the conformance suite tries instead of twice the
+    default; `inert` is the reason why the field may leave the weights unchanged.
+    """
+    limits = {"low": low, "high": high, "above": above, "choices": choices}
+    extra = {"meaning": meaning, "search": search, "probe": probe, "inert": inert}
+    return field(default=default, metadata={**limits, **extra})
+
+
+@dataclass(frozen=True)
+class NoConfig:
+    """The configuration of a method without settings."""
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """Settings that all methods with training steps share."""
+
+    epochs: int | None = option(
+        None, "passes; default: 15 % of the recipe's, over the work of one", low=0, probe=2
+    )
+    lr: float | None = option(
+        None, "absolute learning rate; wins over lr_scale", above=0, probe=0.02
+    )
+    lr_scale: float = option(0.1, "learning rate as a share of the recipe's", above=0)
+    batch_size: int | None = option(None, "rows per step; default: the recipe's", low=1, probe=5)
+    max_grad_norm: float | None = option(None, "clip the gradient norm", above=0, probe=1e-3)
+
+    def learning_rate(self, recipe: Recipe) -> float:
+        """Return `lr`, or `lr_scale` × the recipe's learning rate."""
+        return self.lr if self.lr is not None else self.lr_scale * recipe.lr
+
+    def passes_for(self, recipe: Recipe, work_per_epoch: float) -> int:
+        """Return `epochs`, or max(1, ⌊0.15·E_R / c⌋): E_R recipe epochs, c the work of one pass.
+
+        c is counted in units of a training epoch, so that all iterative methods get the same
+        compute and stay inside a board's cost gate.
+        """
+        if self.epochs is not None:
+            return self.epochs
+        return max(1, math.floor(0.15 * recipe.epochs / work_per_epoch + 1e-9))
+
+
+def build_config(kind: type, values: Mapping[str, Any]) -> Any:
+    """Return `kind(**values)`, every key known, every value of its type and in its range.
+
+    Raises:
+        ConfigError: unknown key (with the nearest), wrong type, or outside the allowed range.
+    """
+    fields = {f.name: f for f in dataclasses.fields(kind)}
+    hints = typing.get_type_hints(kind)
+    for key in values:
+        if key not in fields:
+            close = nearest(key, fields)
+            known = (
+                f"did you mean {close[0]!r}?" if close else f"known: {', '.join(fields) or 'none'}"
+            )
+            raise ConfigError(f"unknown setting {key!r}; {known}")
+    checked = {key: _typed(key, value, hints[key]) for key, value in values.items()}
+    for key, value in checked.items():
+        _in_range(key, value, fields[key].metadata)
+    return kind(**checked)
+
+
+def _typed(key: str, value: Any, hint: Any) -> Any:
+    allowed = typing.get_args(hint) if _is_union(hint) else (hint,)
+    for kind in allowed:
+        if typing.get_origin(kind) is Literal:
+            if value in typing.get_args(kind):
+                return value
+        elif typing.get_origin(kind) is not None:
+            if isinstance(value, (list, tuple, dict)):
+                return tuple(value) if isinstance(value, list) else value
+        elif kind is float and isinstance(value, (int, float)) and not isinstance(value, bool):
+            return float(value)
+        elif isinstance(value, kind) and (kind is bool or not isinstance(value, bool)):
+            return value
+    expected = getattr(hint, "__name__", None) or str(hint).replace("typing.", "")
+    raise ConfigError(f"{key}: expected {expected}, got {value!r} ({type(value).__name__})")
+
+
+def _is_union(hint: Any) -> bool:
+    return typing.get_origin(hint) in (typing.Union, types.UnionType)
+
+
+def _in_range(key: str, value: Any, limits: Mapping[str, Any]) -> None:
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        return
+    low, high, above = limits.get("low"), limits.get("high"), limits.get("above")
+    ok = (
+        math.isfinite(value)
+        and (low is None or value >= low)
+        and (high is None or value <= high)
+        and (above is None or value > above)
+    )
+    if not ok:
+        lower = f"> {above}" if above is not None else f">= {low}" if low is not None else ""
+        upper = f"<= {high}" if high is not None else ""
+        wanted = " and ".join(part for part in (lower, upper) if part) or "a finite number"
+        raise ConfigError(f"{key}: expected a value {wanted}, got {value!r}")
+
+
+# --------------------------------------------------------------------------- weights and budget
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Per-sample weights ε over the original training set: 0 keep, −1 delete, in between soft.
+
+    `eps` is float64 (N,). A retained stream weighs a = max(1 + ε, 0), a forget stream
+    r = max(−ε, 0); for ε in {−1, 0} both are the sets.
+    """
+
+    eps: Tensor
+    source: str = "given"
+
+    @property
+    def multiplicity(self) -> Tensor:
+        """Times a sample counts when retained: a = max(1 + ε, 0), float64 (N,)."""
+        return (1 + self.eps.double()).clamp(min=0)
+
+    @property
+    def removal(self) -> Tensor:
+        """Share of a sample that is removed: r = max(−ε, 0), float64 (N,)."""
+        return (-self.eps.double()).clamp(min=0)
+
+    @property
+    def hard(self) -> bool:
+        """Whether every ε is 0 or −1, so that the weights are two sets."""
+        return bool(((self.eps == 0) | (self.eps == -1)).all())
+
+    @property
+    def sha256(self) -> str:
+        """SHA-256 of ε as little-endian float64."""
+        return hashlib.sha256(self.eps.double().numpy().astype("<f8").tobytes()).hexdigest()
+
+    def harden(self, threshold: float = 0.5) -> Weights:
+        """Return the set form S_f = {ε ≤ −threshold}, the explicit way out for set-only methods."""
+        return Weights(-(self.eps <= -threshold).double(), f"{self.source}, threshold {threshold}")
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Upper limits of a run; None is no limit."""
+
+    steps: int | None = None
+    epochs: int | None = None
+    seconds: float | None = None
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What a progress callback is told: optimiser steps and epochs done, last loss, seconds."""
+
+    steps: int
+    epochs: int
+    loss: float
+    seconds: float
+    epoch_end: bool
+
+
+class Context:
+    """Where training steps happen: devices, recipe, seed, limits, and who is told about them."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        seed: int,
+        *,
+        accelerator: Any = None,
+        budget: Budget | None = None,
+        progress: Callable[[Progress], None] | None = None,
+    ) -> None:
+        self.recipe, self.seed, self.accelerator = recipe, seed, accelerator
+        self.budget, self.progress = budget or Budget(), progress
+        self.clock = Clock()
+        self.steps = self.epochs = 0
+        self.losses: list[float] = []
+        self.stop_reason: str | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """The device batches and models are on."""
+        found: torch.device = self.accelerator.device if self.accelerator else torch.device("cpu")
+        return found
+
+    @property
+    def spent(self) -> bool:
+        """Whether a limit of the budget is reached; remembered as the stop reason `budget`."""
+        limit = self.budget
+        spent = (
+            (limit.steps is not None and self.steps >= limit.steps)
+            or (limit.epochs is not None and self.epochs >= limit.epochs)
+            or (limit.seconds is not None and self.clock.seconds >= limit.seconds)
+        )
+        if spent:
+            self.stop_reason = "budget"
+        return spent
+
+    def tick(self, loss: float) -> None:
+        """Count one optimiser step.
+
+        Raises:
+            DivergedError: the loss is not finite.
+        """
+        if not math.isfinite(loss):
+            raise DivergedError(f"loss {loss} at step {self.steps}", step=self.steps, loss=loss)
+        self.steps += 1
+        self.losses.append(loss)
+        self._tell(epoch_end=False)
+
+    def epoch_done(self) -> None:
+        """Count one epoch."""
+        self.epochs += 1
+        self._tell(epoch_end=True)
+
+    def _tell(self, *, epoch_end: bool) -> None:
+        if self.progress is None:
+            return
+        loss = self.losses[-1] if self.losses else math.nan
+        told = Progress(self.steps, self.epochs, loss, self.clock.seconds, epoch_end)
+        with self.clock.paused():
+            self.progress(told)
+
+
+class UnlearningTask(Context):
+    """One request: guarded splits and what a method may need, nothing else.
+
+    A task may be used for many runs; every run works on a clean copy of it. Attributes a method
+    reads: `num_classes`, `modality`, `scenario`, `forget_classes` (classes with forget samples and
+    no retained ones), `recipe`, `seed`, `generator` (CPU, seeded), `device`, `accelerator`,
+    `weights`, `prepared` (what `prepare` returned), `cache` (folder or None), `stats` (what the
+    method writes there becomes `Result.stats`).
+    """
+
+    def __init__(
+        self,
+        *,
+        forget: Rows | None,
+        retain: Rows | None,
+        val: Rows | None = None,
+        num_classes: int,
+        recipe: Recipe,
+        fresh_model: Callable[[int], nn.Module],
+        scenario: Scenario = Scenario.RANDOM,
+        modality: str = "image",
+        weights: Weights | None = None,
+        seed: int = 0,
+        accelerator: Any = None,
+        budget: Budget | None = None,
+        progress: Callable[[Progress], None] | None = None,
+        cache: Path | None = None,
+        data_fingerprint: str = "",
+    ) -> None:
+        super().__init__(recipe, seed, accelerator=accelerator, budget=budget, progress=progress)
+        self._rows = {Split.FORGET: forget, Split.RETAIN: retain, Split.VAL: val}
+        self._fresh = fresh_model
+        self.num_classes, self.scenario, self.modality = num_classes, scenario, modality
+        self.weights, self.cache, self.data_fingerprint = weights, cache, data_fingerprint
+        self._check()
+        self.forget_classes = self._classes_gone()
+        self._needs: frozenset[Split] = frozenset()
+        self._counter = WorkCounter()
+        self.generator = torch.Generator()
+        self.prepared: Any = None
+        self.stats: dict[str, Any] = {}
+        self.read: dict[Split, int] = {}
+        self.frozen: set[str] = set()
+
+    @classmethod
+    def from_weights(cls, train: Rows, weights: Weights, **rest: Any) -> UnlearningTask:
+        """Return the task whose streams are given by ε: retain {a > 0} weight a, forget {r > 0}.
+
+        Raises:
+            ForgetSetError: ε is shorter than the training set it indexes.
+        """
+        if len(train) and int(train.index.max()) >= len(weights.eps):
+            raise ForgetSetError(
+                f"expected ε for every training sample, got {len(weights.eps)} values for index "
+                f"{int(train.index.max())}; index ε by position in the original training set"
+            )
+        keep, remove = weights.multiplicity[train.index], weights.removal[train.index]
+        retain, forget = torch.nonzero(keep > 0)[:, 0], torch.nonzero(remove > 0)[:, 0]
+        return cls(
+            forget=train.subset(forget).weighted(remove[forget]),
+            retain=train.subset(retain).weighted(keep[retain]),
+            weights=weights,
+            **rest,
+        )
+
+    # -- data
+
+    def loader(
+        self,
+        split: Split | Literal["forget", "retain", "val"],
+        *,
+        train: bool = True,
+        batch_size: int | None = None,
+        shuffle: bool | None = None,
+    ) -> Loader:
+        """Open a split: `train` shuffles and augments as the recipe does, else neither.
+
+        Raises:
+            SplitAccessError: the method did not declare the split in `needs`.
+        """
+        loader = self.loader_over(
+            self._open(Split(split)),
+            str(split),
+            train=train,
+            batch_size=batch_size,
+            shuffle=train if shuffle is None else shuffle,
+        )
+        loader.on_batch = lambda batch: self._count(Split(split), len(batch))
+        return loader
+
+    def loader_over(
+        self,
+        rows: Rows,
+        name: str,
+        *,
+        train: bool = True,
+        batch_size: int | None = None,
+        shuffle: bool = True,
+    ) -> Loader:
+        """Return a loader over rows made from opened splits; `name` seeds its order."""
+        return Loader(
+            rows,
+            batch_size or self.recipe.batch_size,
+            seed=self.seed,
+            name=name,
+            shuffle=shuffle,
+            augment=self.recipe.augment if train else "none",
+            rank=self.accelerator.process_index if self.accelerator else 0,
+            world=self.accelerator.num_processes if self.accelerator else 1,
+            device=self.device,
+        )
+
+    def rows(self, split: Split | Literal["forget", "retain", "val"]) -> Rows:
+        """Return the rows of a declared split.
+
+        Raises:
+            SplitAccessError: the method did not declare the split in `needs`.
+        """
+        rows = self._open(Split(split))
+        self._count(Split(split), len(rows))
+        return rows
+
+    def promise_frozen(self, names: Iterable[str]) -> None:
+        """Promise that the state entries `names` come back bit-identical; the base holds it."""
+        self.frozen |= set(names)
+
+    def label_counts(self, split: Split | Literal["forget", "retain", "val"]) -> Tensor:
+        """Return the number of rows of every class in a split, int64 (K,); not an opening."""
+        rows = self._rows[Split(split)]
+        labels = torch.empty(0, dtype=torch.int64) if rows is None else rows.labels
+        return torch.bincount(labels, minlength=self.num_classes)
+
+    def size(self, split: Split | Literal["forget", "retain", "val"]) -> int:
+        """Return the number of rows of a split; not an opening."""
+        rows = self._rows[Split(split)]
+        return 0 if rows is None else len(rows)
+
+    def fresh_model(self) -> nn.Module:
+        """Return the backbone as it was before training, initialised from the task's seed."""
+        model = self._fresh(derive(self.seed, "init")).to(self.device)
+        self._counter.watch(model)
+        return model
+
+    # -- the base's side
+
+    @property
+    def work(self) -> int:
+        """Samples forwarded so far: without gradient × 1, with gradient × 3."""
+        return self._counter.samples
+
+    def guarded(self, needs: frozenset[Split], seed: int) -> UnlearningTask:
+        """Return a clean copy for one run that opens the splits in `needs` only."""
+        task = copy.copy(self)
+        task._needs, task.seed = needs, seed
+        task._counter, task.clock = WorkCounter(), Clock()
+        task.generator = torch.Generator().manual_seed(derive(seed, "method"))
+        task.steps = task.epochs = 0
+        task.losses, task.stats, task.read, task.frozen = [], {}, {}, set()
+        task.stop_reason = task.prepared = None
+        return task
+
+    def fingerprint(self) -> str:
+        """Return the SHA-256 of what `prepare` may depend on: the rows of every split, weights."""
+        parts = {
+            str(split): hashlib.sha256(rows.index.numpy().tobytes()).hexdigest()
+            for split, rows in self._rows.items()
+            if rows is not None
+        }
+        weights = self.weights.sha256 if self.weights else None
+        return fingerprint([parts, weights, self.data_fingerprint, str(self.scenario)])
+
+    def _open(self, split: Split) -> Rows:
+        rows = self._rows[split]
+        if split not in self._needs or rows is None:
+            declared = ", ".join(sorted(self._needs)) or "none"
+            raise SplitAccessError(
+                f"split {split} opened, declared needs: {declared}; add {split} to `needs`"
+            )
+        self._count(split, 0)
+        return rows
+
+    def _count(self, split: Split, samples: int) -> None:
+        self.read[split] = self.read.get(split, 0) + samples
+
+    def _classes_gone(self) -> frozenset[int]:
+        forget, retain = self.label_counts(Split.FORGET), self.label_counts(Split.RETAIN)
+        return frozenset(torch.nonzero((forget > 0) & (retain == 0))[:, 0].tolist())
+
+    def _check(self) -> None:
+        forget, retain = self._rows[Split.FORGET], self._rows[Split.RETAIN]
+        if forget is not None and retain is not None and self.weights is None:
+            both = set(forget.index.tolist()) & set(retain.index.tolist())
+            if both:
+                raise ForgetSetError(
+                    f"{len(both)} samples are in the forget set and in the retain set "
+                    f"(first: {min(both)}); a sample belongs to one of them"
+                )
+
+
+# --------------------------------------------------------------------------- results
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What `prepare` computed, for which model and request, and in how many seconds."""
+
+    state: Any
+    fingerprint: str
+    seconds: float
+    work: int
+
+
+@dataclass(frozen=True)
+class Result:
+    """An unlearned model and what it cost.
+
+    `seconds_prepare` and `seconds_unlearn` leave callbacks out; `peak_bytes` is None where it
+    cannot be read; `work` counts samples forwarded (× 3 with gradient). `status` is `ok`, `budget`
+    (a limit ended the run) or `diverged` (then `model` is the original for inspection).
+    """
+
+    model: nn.Module
+    status: Literal["ok", "budget", "diverged"]
+    reason: str | None
+    seconds_prepare: float
+    seconds_unlearn: float
+    peak_bytes: int | None
+    work: int
+    steps: int
+    epochs: int
+    losses: tuple[float, ...]
+    read: Mapping[Split, int]
+    stats: Mapping[str, Any]
+
+
+class UnlearningMethod(abc.ABC):
+    """Base of all methods; see the module's text. Class data say what a method is held to."""
+
+    name: ClassVar[str]
+    needs: ClassVar[frozenset[Split]]
+    scenarios: ClassVar[frozenset[Scenario]]
+    supports_weights: ClassVar[bool] = False
+    identity: ClassVar[bool] = False
+    deterministic: ClassVar[bool] = False
+    control: ClassVar[bool] = False
+    expected_failures: ClassVar[Mapping[str, str]] = types.MappingProxyType({})
+    Config: ClassVar[type] = NoConfig
+
+    def __init__(self, **settings: Any) -> None:
+        self.config = build_config(self.Config, settings)
+
+    @abc.abstractmethod
+    def run(self, model: nn.Module, task: UnlearningTask) -> nn.Module:
+        """Unlearn on `model`, a private copy on the task's device, and return the model."""
+
+    def prepare(self, model: nn.Module, task: UnlearningTask) -> Any:
+        """Compute what need not be repeated (masks, subspaces); found as `task.prepared`."""
+        return None
+
+    @classmethod
+    def search_space(cls) -> dict[str, tuple[float, float, str]]:
+        """Return (low, high, scale) of every setting that a tuner may search."""
+        fields = dataclasses.fields(cls.Config)
+        return {f.name: f.metadata["search"] for f in fields if f.metadata.get("search")}
+
+    @final
+    def prepared(self, model: nn.Module, task: UnlearningTask, seed: int) -> Prepared:
+        """Run `prepare` alone, to be handed to several :meth:`unlearn` calls.
+
+        Raises:
+            UnscError: the request is one that the method does not accept.
+        """
+        self._accept(task)
+        guarded = task.guarded(self.needs, seed)
+        with sealed(seed):
+            private = self._private(model, guarded)
+            return self._prepare(private, guarded, self._mark(model, task, seed))
+
+    @final
+    def unlearn(
+        self, model: nn.Module, task: UnlearningTask, seed: int, prepared: Prepared | None = None
+    ) -> Result:
+        """Return an unlearned copy of `model`; the model and all global state stay as they are.
+
+        Raises:
+            ScenarioNotSupported: the method does not accept this kind of request.
+            WeightsNotSupported: soft weights for a method that only knows sets.
+            ForgetSetError: an empty forget set, or a needed split is missing.
+            ArchitectureChanged: the method returned a model with another state.
+            FrozenChanged: weights that the method promised to leave alone have moved.
+            ConfigError: `prepared` belongs to another model, request, seed or configuration.
+        """
+        self._accept(task)
+        if prepared is not None and prepared.fingerprint != self._mark(model, task, seed):
+            raise ConfigError(
+                "prepared state belongs to another model, request, seed or configuration; call "
+                "prepared() with the same arguments"
+            )
+        guarded = task.guarded(self.needs, seed)
+        with sealed(seed):
+            private = self._private(model, guarded)
+            memory = PeakMemory(guarded.device)
+            earlier_work = prepared.work if prepared else 0
+            prepared = prepared or self._prepare(private, guarded, "")
+            guarded.prepared, guarded.clock = prepared.state, Clock()
+            try:
+                unlearned = self._finite(self.run(private, guarded))
+                status, reason = ("budget", "budget") if guarded.stop_reason else ("ok", None)
+            except DivergedError as error:
+                status, reason, unlearned = "diverged", str(error), copy.deepcopy(model)
+            seconds, peak = guarded.clock.seconds, memory.bytes
+            guarded._counter.forget(unlearned)
+            self._restore(unlearned, model)
+            self._hold_promise(unlearned, model, guarded.frozen)
+        return Result(
+            model=unlearned,
+            status=typing.cast(Any, status),
+            reason=reason,
+            seconds_prepare=prepared.seconds,
+            seconds_unlearn=seconds,
+            peak_bytes=peak,
+            work=guarded.work + earlier_work,
+            steps=guarded.steps,
+            epochs=guarded.epochs,
+            losses=tuple(guarded.losses),
+            read=guarded.read,
+            stats=guarded.stats,
+        )
+
+    def _accept(self, task: UnlearningTask) -> None:
+        if task.scenario not in self.scenarios:
+            known = ", ".join(sorted(self.scenarios))
+            raise ScenarioNotSupported(
+                f"{self.name} does not accept scenario {task.scenario}; it supports: {known}"
+            )
+        if task.weights is not None and not task.weights.hard and not self.supports_weights:
+            raise WeightsNotSupported(
+                f"{self.name} knows sets only, got soft weights; harden them explicitly with "
+                "forget.threshold (Weights.harden): S_f = {ε <= -τ}"
+            )
+        for split in sorted(self.needs):
+            if task._rows[split] is None or (split is Split.FORGET and not task.size(split)):
+                raise ForgetSetError(
+                    f"{self.name} needs split {split}, got "
+                    f"{'an empty one' if task._rows[split] is not None else 'none'}; provide it"
+                )
+
+    def _private(self, model: nn.Module, task: UnlearningTask) -> nn.Module:
+        private = copy.deepcopy(model).to(task.device)
+        private.train()
+        task._counter.watch(private)
+        return private
+
+    def _prepare(self, private: nn.Module, task: UnlearningTask, mark: str) -> Prepared:
+        task.clock = Clock()
+        before = task.work
+        state = self.prepare(private, task)
+        return Prepared(state, mark, task.clock.seconds, task.work - before)
+
+    def _mark(self, model: nn.Module, task: UnlearningTask, seed: int) -> str:
+        settings = dataclasses.asdict(self.config)
+        return fingerprint([self.name, settings, state_sha256(model), task.fingerprint(), seed])
+
+    def _hold_promise(self, unlearned: nn.Module, original: nn.Module, names: set[str]) -> None:
+        after, before = unlearned.state_dict(), original.state_dict()
+        moved = [n for n in sorted(names) if not torch.equal(after[n].cpu(), before[n].cpu())]
+        if moved:
+            raise FrozenChanged(
+                f"{self.name} promised to leave {len(names)} state entries alone, but "
+                f"{len(moved)} moved (first: {moved[0]}); exclude them from the optimiser"
+            )
+
+    @staticmethod
+    def _finite(unlearned: nn.Module) -> nn.Module:
+        spoiled = first_non_finite(unlearned)
+        if spoiled:
+            raise DivergedError(f"{spoiled} is not finite after the run")
+        return unlearned
+
+    def _restore(self, unlearned: nn.Module, original: nn.Module) -> None:
+        found = {name: (t.shape, t.dtype) for name, t in unlearned.state_dict().items()}
+        expected = {name: (t.shape, t.dtype) for name, t in original.state_dict().items()}
+        if found != expected:
+            changed = sorted(n for n in {*found, *expected} if found.get(n) != expected.get(n))
+            raise ArchitectureChanged(
+                f"{self.name} returned a model whose state differs in {', '.join(changed[:3])}; "
+                "names, shapes and dtypes must stay as they were"
+            )
+        wanted = {name: p.requires_grad for name, p in original.named_parameters()}
+        for name, parameter in unlearned.named_parameters():
+            parameter.requires_grad_(wanted.get(name, True))
+            parameter.grad = None
+        unlearned.eval()
+
+
+# --------------------------------------------------------------------------- the function form
+
+
+def from_function(
+    function: Callable[..., nn.Module],
+    name: str,
+    *,
+    scenarios: frozenset[Scenario],
+    supports_weights: bool = False,
+) -> type[UnlearningMethod]:
+    """Return the method class of `function(model, retain, forget, val=None, *, ctx, ...)`.
+
+    Parameters named `retain`, `forget` and `val` are loaders and make up `needs`; `ctx`, if there,
+    is the task; all other parameters must have a default and become settings.
+
+    Raises:
+        ConfigError: the first parameter is not the model, or a setting has no default.
+    """
+    parameters = dict(inspect.signature(function).parameters)
+    splits = [split for split in Split if str(split) in parameters]
+    others = [p for key, p in parameters.items() if key not in {*map(str, splits), "model", "ctx"}]
+    unset = [p.name for p in others if p.default is inspect.Parameter.empty]
+    if "model" not in parameters or unset:
+        raise ConfigError(
+            f"{name}: expected (model, retain, forget, val=None, *, ctx, setting=default), got "
+            f"({', '.join(parameters)})" + (f"; {unset[0]!r} has no default" if unset else "")
+        )
+    config = dataclasses.make_dataclass(
+        "Config",
+        [(p.name, type(p.default), option(p.default, "setting")) for p in others],
+        frozen=True,
+    )
+
+    def run(self: UnlearningMethod, model: nn.Module, task: UnlearningTask) -> nn.Module:
+        inputs: dict[str, Any] = {str(split): task.loader(split) for split in splits}
+        if "ctx" in parameters:
+            inputs["ctx"] = task
+        return function(model, **inputs, **dataclasses.asdict(self.config))
+
+    body = {
+        "name": name,
+        "needs": frozenset(splits),
+        "scenarios": scenarios,
+        "supports_weights": supports_weights,
+        "Config": config,
+        "run": run,
+        "__doc__": function.__doc__,
+        "__module__": function.__module__,
+    }
+    return types.new_class(
+        f"{name}_method", (UnlearningMethod,), {}, lambda names: names.update(body)
+    )

@@ -1,0 +1,1 @@
+"""The built-in methods: one per file, the file name is the registered name."""

@@ -1,0 +1,472 @@
+"""The one source of names: the built-in `registry.yaml`, installed packages, and `--plugin` files.
+
+Nothing heavy is imported here: entries are data, targets stay dotted names until they are used.
+Other packages add theirs through the entry-point group `unsc_plugin.registries`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib
+import importlib.util
+import inspect
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from importlib import metadata, resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from packaging.requirements import InvalidRequirement, Requirement
+
+from unsc_plugin.errors import (
+    BrokenPlugin,
+    ConfigError,
+    DuplicateName,
+    MissingOptional,
+    UnknownName,
+    UnscError,
+)
+from unsc_plugin.spec import (
+    BackboneEntry,
+    DatasetEntry,
+    Defaults,
+    Document,
+    ForgetSpec,
+    MethodEntry,
+    RegistryFile,
+    Scenario,
+    Split,
+    read_yaml,
+)
+
+if TYPE_CHECKING:
+    from unsc_plugin.method import UnlearningMethod
+
+GROUP = "unsc_plugin.registries"
+SECTIONS = ("methods", "backbones", "datasets", "forget_sets")
+WHERE = "names come from registry.yaml, installed packages (group unsc_plugin.registries), --plugin"
+
+SYNONYMS = {
+    "ga": "neggrad",
+    "grad_ascent": "neggrad",
+    "ng+": "neggrad_plus",
+    "grad_diff": "neggrad_plus",
+    "rl": "random_label",
+    "srl": "random_label",
+    "relabel": "random_label",
+    "amnesiac": "random_label",
+    "ft": "finetune",
+    "ft_l1": "l1_sparse",
+    "badt": "bad_teaching",
+    "blindspot": "bad_teaching",
+    "iu": "influence",
+    "wfisher": "influence",
+    "kgltop1": "cf_k",
+    "kgltop2": "cf_k",
+    "kgltop5": "cf_k",
+}
+"""What other code calls our methods: known to the error message, never accepted as names."""
+
+AMNESIAC = (
+    "the published amnesiac method subtracts the logged updates of batches that held forget "
+    "samples; what most tables call Amnesiac is random_label"
+)
+
+
+@dataclass(frozen=True)
+class Named:
+    """One registered name: its entry, where it comes from, and whether it can be used."""
+
+    kind: str
+    name: str
+    entry: MethodEntry | BackboneEntry | DatasetEntry | ForgetSpec | None
+    origin: str
+    status: str = "ok"
+    reason: str = ""
+    target: type | None = None
+
+    @property
+    def summary(self) -> str:
+        """One line about the entry."""
+        return getattr(self.entry, "summary", "") if self.entry else self.reason
+
+
+@dataclass
+class Registry:
+    """All names of this process; see :func:`load`."""
+
+    methods: dict[str, Named] = field(default_factory=dict)
+    backbones: dict[str, Named] = field(default_factory=dict)
+    datasets: dict[str, Named] = field(default_factory=dict)
+    forget_sets: dict[str, Named] = field(default_factory=dict)
+    broken: list[Named] = field(default_factory=list)
+    defaults: Defaults | None = None
+    plugins: tuple[str, ...] = ()
+
+    def add(self, named: Named) -> None:
+        """Register a name.
+
+        Raises:
+            DuplicateName: two origins for one name.
+        """
+        section: dict[str, Named] = getattr(self, named.kind)
+        if named.name in section:
+            raise DuplicateName(
+                f"{named.kind[:-1].replace('_', ' ')} {named.name!r} is registered twice: by "
+                f"{section[named.name].origin} and by {named.origin}; rename one of them"
+            )
+        section[named.name] = named
+
+    def entries(self, kind: str) -> dict[str, Any]:
+        """Return name -> entry of a section."""
+        return {name: named.entry for name, named in getattr(self, kind).items()}
+
+    def method(self, name: str) -> tuple[Named, str | None]:
+        """Return the method and the preset that `name`, `name.tag` or an alias stands for.
+
+        Raises:
+            UnknownName: no such method or preset.
+            BrokenPlugin: the plugin that should provide it could not be loaded.
+            MissingOptional: what it requires is not installed.
+        """
+        base, _, tag = name.partition(".")
+        for named in self.methods.values():
+            entry = named.entry
+            if isinstance(entry, MethodEntry) and base in entry.aliases and not tag:
+                base, tag = named.name, entry.aliases[base]
+                break
+        if base not in self.methods:
+            self._raise_unknown(base)
+        found = self.methods[base]
+        if found.status == "unavailable":
+            raise MissingOptional(f"method {base!r} is unavailable: {found.reason}")
+        assert isinstance(found.entry, MethodEntry)
+        if tag and tag not in found.entry.presets:
+            raise UnknownName(
+                "preset", f"{base}.{tag}", [f"{base}.{t}" for t in found.entry.presets]
+            )
+        return found, tag or None
+
+    def method_class(self, name: str) -> type[UnlearningMethod]:
+        """Import and return the class of a method, checked against its entry.
+
+        Raises:
+            UnknownName: no such method.
+            BrokenPlugin: the target cannot be imported or contradicts its entry.
+        """
+        named, _ = self.method(name)
+        assert isinstance(named.entry, MethodEntry)
+        found = named.target or _import_target(named.entry.target, named)
+        _agrees(found, named)
+        return found
+
+    def create(self, name: str, **overrides: Any) -> UnlearningMethod:
+        """Return the method `name` or `name.tag` with defaults < preset < overrides.
+
+        Raises:
+            UnknownName: no such method or preset.
+            ConfigError: an unknown key, a wrong type or a value out of range.
+        """
+        named, tag = self.method(name)
+        assert isinstance(named.entry, MethodEntry)
+        preset = named.entry.presets[tag].args if tag else {}
+        kind = self.method_class(name)
+        try:
+            return kind(**{**named.entry.defaults, **preset, **overrides})
+        except ConfigError as error:
+            raise ConfigError(f"method {name}: {error}") from None
+
+    def _raise_unknown(self, name: str) -> None:
+        for row in self.broken:
+            raise_for = name in row.name.split(",") or name == row.name
+            if raise_for:
+                raise BrokenPlugin(
+                    f"{name!r} comes from {row.origin}, which is broken: {row.reason}"
+                )
+        hint = WHERE
+        if self.broken:
+            hint += "; broken: " + ", ".join(f"{row.origin} ({row.reason})" for row in self.broken)
+        if name in SYNONYMS and SYNONYMS[name] in self.methods:
+            more = f" ({AMNESIAC})" if name == "amnesiac" else ""
+            error = UnknownName("method", name, [], f"did you mean {SYNONYMS[name]!r}?{more}")
+            raise error
+        raise UnknownName("method", name, self.methods, hint)
+
+
+# --------------------------------------------------------------------------- loading
+
+
+def load(plugins: Sequence[str] = ()) -> Registry:
+    """Return all names: built-in, from installed packages, of this session, and from `plugins`.
+
+    Raises:
+        DuplicateName: two origins for one name.
+        ConfigError: the built-in file or a given plugin is invalid.
+    """
+    registry = Registry(plugins=tuple(plugins))
+    document = _built_in()
+    file = document.validate(RegistryFile)
+    registry.defaults = file.defaults
+    _merge(registry, file, "built-in", document.source)
+    for point in sorted(metadata.entry_points(group=GROUP), key=lambda p: (p.name, p.value)):
+        _add_entry_point(registry, point)
+    for named in _session:
+        registry.add(named)
+    for plugin in plugins:
+        _add_plugin(registry, plugin)
+    return registry
+
+
+@lru_cache(maxsize=1)
+def _built_in() -> Document:
+    inside = resources.files("unsc_plugin") / "registry.yaml"
+    path = Path(str(inside))
+    return read_yaml(path if path.is_file() else Path(__file__).parent.parent / "registry.yaml")
+
+
+def _merge(registry: Registry, file: RegistryFile, origin: str, source: str) -> None:
+    reason = _unmet(file.requires)
+    for kind in SECTIONS:
+        for name, entry in getattr(file, kind).items():
+            why = reason or _unmet(getattr(entry, "requires", ()))
+            why = why or _unset_variables(getattr(entry, "path", None))
+            status = "unavailable" if why else "ok"
+            registry.add(Named(kind, name, entry, origin, status, why))
+
+
+def _unmet(requirements: Sequence[str]) -> str:
+    for text in requirements:
+        try:
+            requirement = Requirement(text)
+            installed = metadata.version(requirement.name)
+        except InvalidRequirement:
+            return f"{text!r} is no requirement"
+        except metadata.PackageNotFoundError:
+            return f"{text} is not installed"
+        if not requirement.specifier.contains(installed, prereleases=True):
+            return f"{text} wanted, {installed} installed"
+    return ""
+
+
+def _unset_variables(path: str | None) -> str:
+    for variable in re.findall(r"\$\{(\w+)\}", path or ""):
+        if not os.environ.get(variable):
+            return f"{variable} is not set"
+    return ""
+
+
+def _add_entry_point(registry: Registry, point: metadata.EntryPoint) -> None:
+    version = f" {point.dist.version}" if point.dist else ""
+    origin = f"{point.dist.name if point.dist else point.name}{version}"
+    try:
+        document = _document_of(point)
+        file = document.validate(RegistryFile)
+        if not file.package:
+            raise ConfigError(f"{document.source}: package: expected the distribution's name")
+    except Exception as error:  # a foreign package must not take the others down
+        registry.broken.append(Named("methods", point.name, None, origin, "broken", _line(error)))
+        return
+    _merge(registry, file, origin, document.source)
+
+
+def _document_of(point: metadata.EntryPoint) -> Document:
+    if ":" not in point.value:
+        resource = resources.files(point.value) / "registry.yaml"
+        with resources.as_file(resource) as path:
+            return read_yaml(path)
+    value = point.load()
+    value = value() if callable(value) else value
+    return Document(point.value, dict(value)) if isinstance(value, Mapping) else read_yaml(value)
+
+
+def _line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0]
+
+
+def _add_plugin(registry: Registry, plugin: str) -> None:
+    path = Path(plugin)
+    if path.suffix in (".yaml", ".yml"):
+        document = read_yaml(path)
+        _merge(registry, document.validate(RegistryFile), str(path), document.source)
+    elif path.suffix == ".py":
+        for named in _registered_by_file(path):
+            registry.add(named)
+    elif re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", plugin):
+        found = _import_target(plugin, Named("methods", plugin, None, plugin))
+        registry.add(_named_of(found, plugin))
+    else:
+        raise ConfigError(
+            f"--plugin: expected a registry .yaml, a .py file or pkg.mod:Class, got {plugin!r}"
+        )
+
+
+# --------------------------------------------------------------------------- registering in Python
+
+_session: list[Named] = []
+_collecting: list[list[Named]] = []
+
+
+@contextlib.contextmanager
+def _collected() -> Iterator[list[Named]]:
+    rows: list[Named] = []
+    _collecting.append(rows)
+    try:
+        yield rows
+    finally:
+        _collecting.pop()
+
+
+@lru_cache(maxsize=64)
+def _loaded_file(path: Path, modified: float) -> tuple[Named, ...]:
+    name = f"_unsc_plugin_file_{abs(hash(path))}_{path.stem}"
+    module_spec = importlib.util.spec_from_file_location(name, path)
+    assert module_spec is not None
+    assert module_spec.loader is not None
+    module = importlib.util.module_from_spec(module_spec)
+    sys.modules[name] = module
+    with _collected() as rows:
+        module_spec.loader.exec_module(module)
+    return tuple(rows)
+
+
+def _registered_by_file(path: Path) -> tuple[Named, ...]:
+    if not path.is_file():
+        raise ConfigError(f"--plugin: expected an existing file, got {path}")
+    path = path.resolve()
+    try:
+        rows = _loaded_file(path, path.stat().st_mtime)
+    except UnscError:
+        raise
+    except Exception as error:
+        raise BrokenPlugin(f"--plugin {path}: {_line(error)}; fix the file") from error
+    if not rows:
+        raise ConfigError(
+            f"--plugin {path}: registers nothing; decorate a method with @register_method('name')"
+        )
+    return rows
+
+
+def register_method(
+    name: str | None = None,
+    *,
+    scenarios: Sequence[str] = ("class", "subclass", "random", "sequential"),
+    summary: str = "",
+    supports_weights: bool = False,
+) -> Callable[[Any], Any]:
+    """Register a method class, or a function `(model, retain, forget, val=None, *, ctx, ...)`.
+
+    A function's parameters say what it needs: `retain`, `forget` and `val` are loaders of `Batch`,
+    `ctx` is the `UnlearningTask`; further keyword-only parameters with defaults are its settings.
+    It returns the model.
+
+    Raises:
+        ConfigError: neither a method class nor such a function; or a name that is not allowed.
+    """
+
+    def register(target: Any) -> Any:
+        from unsc_plugin.method import UnlearningMethod, from_function
+
+        kind = target
+        if not (inspect.isclass(target) and issubclass(target, UnlearningMethod)):
+            if not inspect.isfunction(target):
+                raise ConfigError(f"expected a method class or a function, got {target!r}")
+            kind = from_function(
+                target,
+                name or target.__name__,
+                scenarios=frozenset(Scenario(s) for s in scenarios),
+                supports_weights=supports_weights,
+            )
+        elif name is not None and getattr(kind, "name", name) != name:
+            raise ConfigError(f"registered as {name!r}, but the class says name = {kind.name!r}")
+        else:
+            kind.name = getattr(kind, "name", None) or name or kind.__name__.lower()
+        origin = inspect.getsourcefile(target) or target.__module__
+        (_collecting[-1] if _collecting else _session).append(_named_of(kind, origin, summary))
+        return target
+
+    return register
+
+
+def _named_of(kind: type, origin: str, summary: str = "") -> Named:
+    from unsc_plugin.method import UnlearningMethod
+
+    if not (inspect.isclass(kind) and issubclass(kind, UnlearningMethod)):
+        raise BrokenPlugin(f"{origin}: expected a subclass of UnlearningMethod, got {kind!r}")
+    if not re.fullmatch(r"[a-z0-9][a-z0-9_-]*", kind.name):
+        raise ConfigError(f"{origin}: expected a name of a-z, 0-9, _ and -, got {kind.name!r}")
+    lines = (kind.__doc__ or "").strip().splitlines() or [""]
+    entry = MethodEntry(
+        target=f"{kind.__module__}:{kind.__name__}",
+        summary=(summary or lines[0])[:100],
+        needs=tuple(sorted(kind.needs)),
+        scenarios=tuple(sorted(kind.scenarios)),
+        supports_weights=kind.supports_weights,
+    )
+    return Named("methods", kind.name, entry, origin, target=kind)
+
+
+def _import_target(target: str, named: Named) -> Any:
+    module, _, attribute = target.partition(":")
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except Exception as error:
+        raise BrokenPlugin(f"{named.origin}: {target}: {_line(error)}") from error
+
+
+def _agrees(found: Any, named: Named) -> None:
+    from unsc_plugin.method import UnlearningMethod
+
+    entry = named.entry
+    assert isinstance(entry, MethodEntry)
+    if not (inspect.isclass(found) and issubclass(found, UnlearningMethod)):
+        raise BrokenPlugin(f"{named.origin}: {entry.target} is no subclass of UnlearningMethod")
+    said = (
+        named.name,
+        frozenset(map(Split, entry.needs)),
+        frozenset(map(Scenario, entry.scenarios)),
+    )
+    does = (found.name, found.needs, found.scenarios)
+    if said != does or entry.supports_weights != found.supports_weights:
+        raise BrokenPlugin(
+            f"{named.origin}: the entry of {named.name!r} and {entry.target} disagree in name, "
+            f"needs, scenarios or supports_weights: {said} against {does}; make them equal"
+        )
+
+
+# --------------------------------------------------------------------------- public shortcuts
+
+
+def create(name: str, **overrides: Any) -> UnlearningMethod:
+    """Return the method `name` or `name.tag` of all registered ones.
+
+    >>> create("finetune", epochs=3).config.epochs
+    3
+    """
+    return load().create(name, **overrides)
+
+
+def list_methods() -> list[str]:
+    """Return the names of all registered methods, sorted.
+
+    >>> "retrain" in list_methods()
+    True
+    """
+    return sorted(load().methods)
+
+
+def config_table(kind: type) -> list[dict[str, Any]]:
+    """Return name, type, default and meaning of every setting of a method class."""
+    return [
+        {
+            "name": f.name,
+            "type": str(f.type).replace("typing.", ""),
+            "default": f.default,
+            "meaning": f.metadata.get("meaning", ""),
+        }
+        for f in dataclasses.fields(kind.Config)  # type: ignore[attr-defined]
+    ]

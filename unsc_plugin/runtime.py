@@ -1,0 +1,167 @@
+"""What surrounds a run: global state kept, work counted, time and memory measured.
+
+Nothing here knows what unlearning is; `method.UnlearningMethod.unlearn` uses it so that an author
+is never trusted for the seed, the time or the state of the process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import random
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+
+@contextlib.contextmanager
+def sealed(seed: int) -> Iterator[None]:
+    """Run the body with every global generator seeded, and put all global state back afterwards.
+
+    Covers Python, NumPy and torch (CPU and CUDA) generators, the gradient mode, the default dtype,
+    the cuDNN flags, deterministic algorithms and the number of threads; also after an exception.
+    """
+    python, numpy_state = random.getstate(), np.random.get_state()
+    torch_state, grad, dtype = (
+        torch.get_rng_state(),
+        torch.is_grad_enabled(),
+        torch.get_default_dtype(),
+    )
+    cuda_states = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    cudnn = torch.backends.cudnn
+    flags = (cudnn.enabled, cudnn.benchmark, cudnn.deterministic)
+    deterministic, threads = torch.are_deterministic_algorithms_enabled(), torch.get_num_threads()
+    try:
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
+        torch.manual_seed(seed)
+        torch.set_grad_enabled(True)
+        cudnn.benchmark, cudnn.deterministic = False, True
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy_state)
+        torch.set_rng_state(torch_state)
+        if cuda_states:
+            torch.cuda.set_rng_state_all(cuda_states)
+        torch.set_grad_enabled(grad)
+        torch.set_default_dtype(dtype)
+        cudnn.enabled, cudnn.benchmark, cudnn.deterministic = flags
+        torch.use_deterministic_algorithms(deterministic)
+        if torch.get_num_threads() != threads:
+            torch.set_num_threads(threads)
+
+
+class Clock:
+    """Wall-clock seconds that stop while :meth:`paused` is open."""
+
+    def __init__(self) -> None:
+        self._start, self._out = time.perf_counter(), 0.0
+
+    @property
+    def seconds(self) -> float:
+        """Seconds since the start, without the pauses."""
+        return time.perf_counter() - self._start - self._out
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave the body out of :attr:`seconds`."""
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._out += time.perf_counter() - began
+
+
+class WorkCounter:
+    """Counts samples forwarded: without gradient × 1, with gradient × 3.
+
+    A forward hook on a whole model; copies of the model made inside a run count too, because a
+    function is not copied with the model that holds it.
+    """
+
+    def __init__(self) -> None:
+        self.samples = 0
+
+        def count(
+            module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+        ) -> None:
+            tensors = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)]
+            if tensors:
+                self.samples += len(tensors[0]) * (3 if torch.is_grad_enabled() else 1)
+
+        self._hook = count
+
+    def watch(self, model: nn.Module) -> None:
+        """Start counting the forward passes of `model`."""
+        if self._hook not in model._forward_hooks.values():
+            model.register_forward_hook(self._hook, with_kwargs=True)
+
+    def forget(self, model: nn.Module) -> None:
+        """Take the hook out of `model`."""
+        for key in [k for k, hook in model._forward_hooks.items() if hook is self._hook]:
+            del model._forward_hooks[key]
+            model._forward_hooks_with_kwargs.pop(key, None)
+
+
+class PeakMemory:
+    """Peak bytes of a run above its start: CUDA allocations, else resident memory on Linux.
+
+    `bytes` is None where neither can be read.
+    """
+
+    _clear, _status = Path("/proc/self/clear_refs"), Path("/proc/self/status")
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._start: int | None
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+            self._start = torch.cuda.memory_allocated(device)
+        else:
+            self._start = self._resident("VmRSS") if self._reset() else None
+
+    @property
+    def bytes(self) -> int | None:
+        """Bytes at the highest point since the start, less what was held at the start."""
+        if self._start is None:
+            return None
+        if self.device.type == "cuda":
+            return int(torch.cuda.max_memory_allocated(self.device)) - self._start
+        return max(self._resident("VmHWM") - self._start, 0)
+
+    def _reset(self) -> bool:
+        try:
+            self._clear.write_text("5")  # "5" resets the high-water mark (proc(5))
+        except OSError:
+            return False
+        return True
+
+    def _resident(self, name: str) -> int:
+        for line in self._status.read_text().splitlines():
+            if line.startswith(name + ":"):
+                return int(line.split()[1]) * 1024
+        return 0
+
+
+def state_sha256(model: nn.Module) -> str:
+    """Return the SHA-256 over name, dtype, shape and bytes of every state tensor, names sorted."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
+        raw = tensor.detach().cpu().contiguous().reshape(-1)
+        digest.update(raw.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def first_non_finite(model: nn.Module) -> str | None:
+    """Return the name of the first state tensor with a NaN or an infinity, else None."""
+    for name, tensor in model.state_dict().items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            return name
+    return None
