@@ -7,6 +7,7 @@ killed at any moment and started again.
 from __future__ import annotations
 
 import concurrent.futures
+import dataclasses
 import fnmatch
 import functools
 import hashlib
@@ -15,6 +16,8 @@ import json
 import multiprocessing
 import os
 import tempfile
+import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -167,6 +170,7 @@ def split_done(board: Board, wanted: Sequence[Job]) -> tuple[list[Job], list[Rec
     """
     found = record.read_folder(board.results) if board.results.is_dir() else []
     there = {(r.scenario, r.entry, r.unit.train_seed, r.unit.draw): r for r in found}
+    registry = load(board.plugins)
     todo = []
     for job in wanted:
         name = board.spec.scenarios[job.scenario].name
@@ -174,27 +178,44 @@ def split_done(board: Board, wanted: Sequence[Job]) -> tuple[list[Job], list[Rec
         if done is None:
             todo.append(job)
         else:
-            _same_board(board, job, done)
+            _same_board(board, job, done, registry)
     return todo, found
 
 
-def _same_board(board: Board, job: Job, done: Record) -> None:
+def _same_board(board: Board, job: Job, done: Record, registry: Registry) -> None:
     """Refuse a record that was made under another version of the board file.
 
     Raises:
         RecordError: naming what has changed.
     """
+    from unsc_plugin import run
+
     scenario = board.spec.scenarios[job.scenario]
-    kept = done.experiment
+    names = run.resolve(
+        registry,
+        data_name=scenario.data,
+        model_name=scenario.model,
+        forget_sets=scenario.forget,
+        recipe=scenario.recipe,
+    )
+    forget = names.forget[job.draw if len(names.forget) > 1 else 0]
+    named, preset = registry.method(job.entry.method)
     now = {
+        "data": names.data,
+        "model": scenario.model,
+        "recipe": names.recipe.model_dump(mode="json"),
+        "forget": forget.model_dump(mode="json", exclude_defaults=True),
         "evaluation": board.spec.evaluation.model_dump(mode="json"),
         "seed": board.spec.seed,
-        "model": scenario.model,
+        "method": [named.name, preset],
+        "track": job.entry.track,
     }
-    if scenario.recipe is not None:
-        now["recipe"] = scenario.recipe.model_dump(mode="json")
+    kept = {**done.experiment, "method": [done.method, done.preset], "track": done.track}
     changed = [key for key, value in now.items() if kept.get(key) != value]
-    changed += [f"set.{k}" for k, v in job.entry.set.items() if done.config.get(k) != v]
+    config = dataclasses.asdict(registry.create(job.entry.method, **job.entry.set).config)
+    config = json.loads(canonical_json(config))  # tuples as lists, as a record has them
+    both = sorted(config.keys() & done.config.keys())
+    changed += [f"set.{key}" for key in both if config[key] != done.config[key]]
     if changed:
         raise RecordError(
             f"{board.results}: {job.label} was run with another {', '.join(changed)} than "
@@ -241,7 +262,9 @@ def _local(
             yield job, run_job(board, job, tell)
         return
     context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(workers, context) as executor:
+    with concurrent.futures.ProcessPoolExecutor(
+        workers, context, initializer=_end_with, initargs=(os.getpid(),)
+    ) as executor:
         futures = {executor.submit(run_job, board, job): job for job in todo}
         try:
             for future in concurrent.futures.as_completed(futures):
@@ -249,6 +272,17 @@ def _local(
         except BaseException:
             executor.shutdown(wait=False, cancel_futures=True)
             raise
+
+
+def _end_with(parent: int) -> None:
+    """End this worker when its parent is gone: a killed parent cannot tell its workers."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1.0)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _through_ray(board: Board, todo: Sequence[Job]) -> Iterator[tuple[Job, Record | None]]:
@@ -292,7 +326,9 @@ _SETTINGS: dict[str, Any] = {}
 
 def _setting(board: Board, index: int, tell: Any = None) -> Any:
     """Return the setting of a scenario, made once per process."""
-    key = fingerprint([board.spec, str(board.out), index])
+    place = [str(board.out), str(board.cache), os.environ.get("UNSC_CACHE"), str(board.data_dir)]
+    how = [board.device, board.precision, board.threads, board.plugins]
+    key = fingerprint([board.spec, place, how, index])
     if key not in _SETTINGS:
         import torch
 
@@ -348,8 +384,7 @@ def keep_outputs(outputs: Any, done: Record, root: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".new-", dir=path.parent) as scratch:
         outputs.save(Path(scratch) / path.name)
-        for suffix in (".json", ".safetensors"):
-            os.replace((Path(scratch) / path.name).with_suffix(suffix), path.with_suffix(suffix))
+        os.replace(Path(scratch) / path.name, path)
 
 
 # --------------------------------------------------------------------------- the leaderboard
@@ -468,20 +503,19 @@ def _recheck(board: Board, job: Job, stored: Record, tolerance: float) -> list[M
     path = outputs_path(stored, setting.pool.root)
     if stored.status != "ok" or not path.is_file():
         again = run.run_unit(setting, unit).record
-        hashes, metrics, reference = again.hashes, again.metrics, again.reference
+        hashes, metrics = again.hashes, again.metrics
+        reference, spread = again.reference, again.reference_std
     else:
         numbers = run.evaluate_outputs(setting, unit, evaluation.Outputs.load(path))
-        hashes, metrics, reference = (
-            run.hashes_of(setting, unit),
-            numbers.metrics,
-            numbers.reference,
-        )
+        hashes, metrics = run.hashes_of(setting, unit), numbers.metrics
+        reference, spread = numbers.reference, numbers.reference_std
     mismatches = [
         Mismatch(job.label, f"hash of {key}", stored.hashes[key][:16], hashes[key][:16])
         for key in sorted(stored.hashes.keys() & hashes.keys())
         if stored.hashes[key] != hashes[key]
     ]
-    for part, again_part in (("metrics", metrics), ("reference", reference)):
+    parts = {"metrics": metrics, "reference": reference, "reference_std": spread}
+    for part, again_part in parts.items():
         kept = getattr(stored, part)
         for key in sorted(kept.keys() | again_part.keys()):
             if key == "mubench.unlearn_time":

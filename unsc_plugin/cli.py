@@ -6,22 +6,35 @@ match; 2 usage; 3 something optional is missing; 4 version outside a window; 130
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
 from unsc_plugin import __version__
-from unsc_plugin.errors import ConfigError, DivergedError, UnknownName, UnscError
+from unsc_plugin._cli import arguments, flags, views
+from unsc_plugin._cli.console import complain, emit, err, line, out, say, state
+from unsc_plugin.errors import (
+    ConfigError,
+    ScenarioNotSupported,
+    UnknownName,
+    UnscError,
+    nearest,
+)
+
+if TYPE_CHECKING:
+    from unsc_plugin.bench import Board, Job
+    from unsc_plugin.leaderboard import Leaderboard
+    from unsc_plugin.method import UnlearningMethod
+    from unsc_plugin.record import Record
+    from unsc_plugin.registry import Registry
+    from unsc_plugin.run import Setting, Unit
+    from unsc_plugin.spec import Experiment
 
 app = typer.Typer(
     name="unsc",
@@ -37,55 +50,6 @@ board_app = typer.Typer(
 app.add_typer(board_app)
 
 
-@dataclass
-class Globals:
-    """What the global flags said."""
-
-    plugins: list[str] = field(default_factory=list)
-    as_json: bool = False
-    quiet: bool = False
-    debug: bool = False
-
-
-state = Globals()
-err = Console(stderr=True)
-
-
-def out() -> Console:
-    """Return the console of stdout; made anew, so that a redirected stdout is used."""
-    width = None if sys.stdout.isatty() else int(os.environ.get("COLUMNS", 160))
-    return Console(width=width, soft_wrap=False)
-
-
-def say(message: str) -> None:
-    """Print a line of progress to stderr unless --quiet was given."""
-    if not state.quiet:
-        err.print(message, markup=False, highlight=False)
-
-
-def emit(value: Any) -> None:
-    """Print one JSON value to stdout."""
-    print(json.dumps(value, indent=2, sort_keys=False, default=str, allow_nan=False))
-
-
-# --------------------------------------------------------------------------- global flags
-
-Plugin = Annotated[
-    list[str] | None,
-    typer.Option("--plugin", help="registry .yaml, .py file or pkg.mod:Class; repeatable"),
-]
-AsJson = Annotated[bool, typer.Option("--json", help="stdout is one JSON value, nothing else")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="no progress on stderr")]
-Debug = Annotated[bool, typer.Option("--debug", help="show the traceback of an error")]
-
-
-def _globals(plugin: list[str] | None, as_json: bool, quiet: bool, debug: bool) -> None:
-    state.plugins += plugin or []
-    state.as_json |= as_json
-    state.quiet |= quiet
-    state.debug |= debug
-
-
 def _version(value: bool) -> None:
     if value:
         print(f"unsc-plugin {__version__}")
@@ -94,19 +58,22 @@ def _version(value: bool) -> None:
 
 @app.callback()
 def root(
-    plugin: Plugin = None,
-    as_json: AsJson = False,
-    quiet: Quiet = False,
-    debug: Debug = False,
+    plugin: flags.Plugins = None,
+    as_json: flags.AsJson = False,
+    quiet: flags.Quiet = False,
+    debug: flags.Debug = False,
     version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="print the version")
+        bool,
+        typer.Option(
+            "--version", metavar="", callback=_version, is_eager=True, help="print the version"
+        ),
     ] = False,
 ) -> None:
     """Machine unlearning for any timm or Hugging Face classifier, measured against retraining."""
-    _globals(plugin, as_json, quiet, debug)
+    state.add(plugin, as_json, quiet, debug)
 
 
-def _registry() -> Any:
+def _registry() -> Registry:
     from unsc_plugin.registry import load
 
     return load(state.plugins)
@@ -114,195 +81,95 @@ def _registry() -> Any:
 
 # --------------------------------------------------------------------------- list and show
 
-LISTS = ("methods", "backbones", "datasets", "forget-sets", "metrics", "boards")
-
 
 @app.command("list")
 def list_(
-    what: Annotated[str, typer.Argument(help=" | ".join(LISTS))] = "methods",
-    show_all: Annotated[bool, typer.Option("--all", help="also unavailable names")] = False,
-    strict: Annotated[bool, typer.Option("--strict", help="exit 1 if a plugin is broken")] = False,
-    plugin: Plugin = None,
-    as_json: AsJson = False,
-    quiet: Quiet = False,
-    debug: Debug = False,
+    what: flags.ListOf = "methods",
+    show_all: flags.All = False,
+    strict: flags.StrictPlugins = False,
+    plugin: flags.Plugins = None,
+    as_json: flags.AsJson = False,
+    quiet: flags.Quiet = False,
+    debug: flags.Debug = False,
 ) -> None:
-    """List names: methods, backbones, datasets, forget-sets, metrics or boards.
-
-    Raises:
-        UnknownName: another word than these.
-    """
-    _globals(plugin, as_json, quiet, debug)
-    if what not in LISTS:
-        raise UnknownName("list", what, LISTS, f"one of: {', '.join(LISTS)}")
+    """List names: methods, backbones, datasets, forget-sets, metrics or boards."""
+    state.add(plugin, as_json, quiet, debug)
+    if what not in flags.LISTS:
+        raise UnknownName("list", what, flags.LISTS, f"one of: {', '.join(flags.LISTS)}")
     registry = _registry()
-    rows = _rows(registry, what, show_all)
+    rows = views.list_rows(registry, what)
+    shown = [row for row in rows if show_all or row["status"] != "unavailable"]
     if state.as_json:
-        emit(rows)
+        emit(shown)
     else:
-        table = Table(title=what)
-        for column in ("name", "origin", "status", "summary"):
-            table.add_column(column, overflow="fold")
-        for row in rows:
-            status = row["status"] + (f": {row['reason']}" if row["reason"] else "")
-            table.add_row(row["name"], row["origin"], status, row["summary"])
-        out().print(table)
+        views.show_list(what, shown)
+        _say_what_is_not_shown(what, len(rows) - len(shown), len(rows))
     if strict and registry.broken:
         raise typer.Exit(1)
 
 
-def _rows(registry: Any, what: str, show_all: bool) -> list[dict[str, str]]:
-    if what == "metrics":
-        from unsc_plugin.metrics import METRICS
-
-        return [
-            _row(spec.name, "built-in", f"[{spec.unit}] {spec.summary}")
-            for spec in METRICS.values()
-        ]
-    if what == "boards":
-        from unsc_plugin import bench
-
-        return [_row(name, f"benchmarks/{name}", "") for name in bench.names()]
-    section = getattr(registry, what.replace("-", "_"))
-    named = [*section.values()]
-    if what == "methods":
-        named += registry.broken
-    return [
-        {
-            "name": one.name,
-            "origin": one.origin,
-            "status": one.status,
-            "reason": one.reason,
-            "summary": one.summary if one.status != "broken" else "",
-        }
-        for one in sorted(named, key=lambda one: one.name)
-        if show_all or one.status != "unavailable"
-    ]
-
-
-def _row(name: str, origin: str, summary: str) -> dict[str, str]:
-    return {"name": name, "origin": origin, "status": "ok", "reason": "", "summary": summary}
+def _say_what_is_not_shown(what: str, hidden: int, count: int) -> None:
+    if hidden:
+        say(f"{hidden} unavailable names are not shown; --all shows them and says why")
+    if what == "boards" and not count:
+        say(f"no board in {Path('benchmarks').absolute()}; `unsc bench FILE` runs any board.yaml")
 
 
 @app.command()
 def show(
-    name: Annotated[str, typer.Argument(help="a registered name, or a record .json")],
-    plugin: Plugin = None,
-    as_json: AsJson = False,
-    quiet: Quiet = False,
-    debug: Debug = False,
+    name: flags.ShownName,
+    plugin: flags.Plugins = None,
+    as_json: flags.AsJson = False,
+    quiet: flags.Quiet = False,
+    debug: flags.Debug = False,
 ) -> None:
     """Show a method with its settings, another registered entry, a metric, or a record."""
-    _globals(plugin, as_json, quiet, debug)
-    if name.endswith(".json"):
-        _show_record(Path(name))
+    state.add(plugin, as_json, quiet, debug)
+    if name.endswith(".json") or (Path(name) / "record.json").is_file():
+        _show_record(Path(name) if name.endswith(".json") else Path(name) / "record.json")
         return
     registry = _registry()
-    for kind in ("backbones", "datasets", "forget_sets"):
-        if name in getattr(registry, kind):
-            _show_entry(kind, getattr(registry, kind)[name])
-            return
-    from unsc_plugin.metrics import METRICS
+    named = next(
+        (found for kind in views.KINDS if (found := getattr(registry, kind).get(name))), None
+    )
+    if named is not None:
+        _present(views.entry_tree(named), views.show_entry)
+    elif (metric := views.metric_tree(name)) is not None:
+        _present(metric, views.show_metric)
+    else:
+        _present(_method_tree(registry, name), views.show_method)
 
-    if name in METRICS:
-        emit(vars(METRICS[name])) if state.as_json else out().print(METRICS[name])
-        return
-    _show_method(registry, name)
 
-
-def _show_entry(kind: str, named: Any) -> None:
-    fields = named.entry.model_dump(mode="json", exclude_defaults=True)
-    tree = {"kind": kind, "name": named.name, "origin": named.origin, "status": named.status}
+def _present(tree: dict[str, Any], view: Any) -> None:
     if state.as_json:
-        emit({**tree, "reason": named.reason, "entry": fields})
-        return
-    _print_pairs(named.name, {**tree, **fields})
+        emit(tree)
+    else:
+        view(tree)
 
 
-def _print_pairs(title: str, pairs: dict[str, Any]) -> None:
-    table = Table(title=title, show_header=False)
-    for key, value in pairs.items():
-        text = value if isinstance(value, str) else json.dumps(value, default=str)
-        table.add_row(key, text)
-    out().print(table)
+def _method_tree(registry: Registry, name: str) -> dict[str, Any]:
+    try:
+        return views.method_tree(registry, name)
+    except UnknownName as error:
+        from unsc_plugin.metrics import METRICS
 
-
-def _show_method(registry: Any, name: str) -> None:
-    from unsc_plugin.registry import config_table
-
-    named, tag = registry.method(name)
-    kind = registry.method_class(name)
-    settings = config_table(kind)
-    presets = {key: preset.args for key, preset in named.entry.presets.items()}
-    chosen = vars(registry.create(name).config)
-    command = f"unsc run {name} --model tiny-digits --data digits --forget class:3"
-    if state.as_json:
-        entry = named.entry.model_dump(mode="json", exclude_defaults=True)
-        tree = {"name": named.name, "preset": tag, "origin": named.origin, "entry": entry}
-        emit({**tree, "settings": settings, "config": chosen, "presets": presets})
-        return
-    console = out()
-    console.print(f"[bold]{name}[/bold] ({named.origin})\n{kind.__doc__}", highlight=False)
-    table = Table("setting", "type", "value", "default", "meaning")
-    for row in settings:
-        value = chosen[row["name"]]
-        table.add_row(row["name"], row["type"], str(value), str(row["default"]), row["meaning"])
-    if settings:
-        console.print(table)
-    console.print(f"needs: {', '.join(named.entry.needs) or 'no data'}")
-    console.print(f"scenarios: {', '.join(named.entry.scenarios)}")
-    for key, args in presets.items():
-        console.print(f"preset {named.name}.{key}: {args}", highlight=False)
-    console.print(f"example: {command}", highlight=False)
+        others = [one for kind in views.KINDS for one in getattr(registry, kind)]
+        if error.kind != "method" or not nearest(name, [*others, *METRICS]):
+            raise
+        every = [*registry.methods, *others, *METRICS]
+        raise UnknownName("name", name, every, "`unsc list` shows all names") from None
 
 
 def _show_record(path: Path) -> None:
     from unsc_plugin import record
 
+    if not path.is_file():
+        raise ConfigError(f"expected the .json file of a record, found no file {path}")
     found = record.read(path)
     if state.as_json:
         emit(found.model_dump(mode="json", by_alias=True))
-        return
-    console = out()
-    console.print(
-        f"[bold]{found.entry}[/bold] on {found.scenario}, {found.unit}: {found.status}"
-        + (f" ({found.reason})" if found.reason else "")
-    )
-    _print_pairs("receipt", {
-        "experiment": found.experiment, "config": found.config, "seed": found.seed,
-        "hashes": found.hashes, "cost": found.cost, "environment": found.environment,
-        "commit": found.commit, "created": found.created, "command": found.command,
-    })  # fmt: skip
-    console.print(_numbers_table(found, None))
-
-
-def _numbers_table(found: Any, original: Any) -> Table:
-    from unsc_plugin import run
-    from unsc_plugin.metrics import METRICS
-
-    columns = ["metric", "original", "unlearned", "retrained", "gap", "better"]
-    table = Table(title=f"{found.entry} on {found.scenario}: {found.status}")
-    for column in columns:
-        table.add_column(column, justify="left" if column in ("metric", "better") else "right")
-    words = {
-        "up": "higher",
-        "down": "lower",
-        "retrain": "closer to retrained",
-        "zero": "closer to 0",
-    }
-    for name, before, value, retrained, gap in run.comparison(found, original):
-        numbers = [_text(before), _text(value), _text(retrained), _text(gap, sign=True)]
-        direction = words[METRICS[name].direction] if name in METRICS else ""
-        table.add_row(name, *numbers, direction)
-    for name, reason in found.missing.items():
-        table.add_row(name, "–", "–", "–", "–", reason)
-    return table
-
-
-def _text(value: float | None, sign: bool = False) -> str:
-    if value is None:
-        return "–"
-    return f"{value:+.4f}" if sign else f"{value:.4f}"
+    else:
+        views.show_record(found)
 
 
 # --------------------------------------------------------------------------- run
@@ -310,81 +177,75 @@ def _text(value: float | None, sign: bool = False) -> str:
 
 @app.command()
 def run(
-    method: Annotated[str | None, typer.Argument(help="METHOD or METHOD.tag")] = None,
-    model: Annotated[
-        str | None, typer.Option(help="timm:ID, hf:ID, hf-config:TYPE, shortcut")
-    ] = None,
-    data: Annotated[str | None, typer.Option(help="data set name, hub:ORG/ID or a folder")] = None,
-    forget: Annotated[
-        str | None, typer.Option(help="class:3, random:0.1, file:PATH, a name")
-    ] = None,
-    seed: Annotated[int | None, typer.Option(help="seed of everything that is drawn")] = None,
-    settings: Annotated[
-        list[str] | None, typer.Option("--set", help="setting=value of the method; repeatable")
-    ] = None,
-    reference: Annotated[
-        str, typer.Option(help="auto (train or take from the cache), none, or weights")
-    ] = "auto",
-    reference_pool: Annotated[
-        int, typer.Option(min=1, help="retrained models to compare with")
-    ] = 1,
-    metrics: Annotated[str, typer.Option(help="groups of core, mia, mubench")] = "core,mia",
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
-    precision: Annotated[str, typer.Option(help="fp32, bf16 or fp16")] = "fp32",
-    pretrained: Annotated[bool, typer.Option(help="start from published weights (timm)")] = False,
-    mubench_orig: Annotated[str, typer.Option(help="measured or table")] = "measured",
-    data_dir: Annotated[
-        Path | None, typer.Option(help="folder of Parquet data sets; wins over UNSC_DATA_DIR")
-    ] = None,
-    cache: Annotated[Path | None, typer.Option(help="trained models; default $UNSC_CACHE")] = None,
-    allow_foreign_order: Annotated[
-        bool, typer.Option(help="use indices made for another row order; never comparable")
-    ] = False,
-    spec: Annotated[Path | None, typer.Option(help="experiment .yaml instead of flags")] = None,
-    recipe: Annotated[
-        list[str] | None, typer.Option("--recipe", help="field=value of the recipe; repeatable")
-    ] = None,
-    log_with: Annotated[str | None, typer.Option(help="tracker: tensorboard")] = None,
-    out_dir: Annotated[Path | None, typer.Option("--out", help="folder; default runs/<id>")] = None,
-    resume: Annotated[bool, typer.Option(help="exit 0 if the run is complete")] = False,
-    dry_run: Annotated[bool, typer.Option(help="print the resolved experiment only")] = False,
-    threads: Annotated[int, typer.Option(min=0, help="CPU threads; 0: torch's default")] = 0,
-    plugin: Plugin = None,
-    as_json: AsJson = False,
-    quiet: Quiet = False,
-    debug: Debug = False,
+    method: flags.OptionalMethod = None,
+    model: flags.Model = None,
+    data: flags.Data = None,
+    forget: flags.Forget = None,
+    seed: flags.Seed = None,
+    settings: flags.Settings = None,
+    recipe: flags.Recipes = None,
+    pretrained: flags.Pretrained = False,
+    spec: flags.Spec = None,
+    reference: flags.Reference = "auto",
+    reference_pool: flags.ReferencePool = None,
+    metrics: flags.Metrics = "core,mia",
+    mubench_orig: flags.MubenchOrig = "measured",
+    allow_foreign_order: flags.AllowForeignOrder = False,
+    device: flags.Device = "auto",
+    precision: flags.Precision = "fp32",
+    threads: flags.RunThreads = 0,
+    log_with: flags.LogWith = None,
+    out_dir: flags.RunOut = None,
+    data_dir: flags.DataDir = None,
+    cache: flags.Cache = None,
+    resume: flags.ResumeRun = False,
+    dry_run: flags.DryRun = False,
+    plugin: flags.Plugins = None,
+    as_json: flags.AsJson = False,
+    quiet: flags.Quiet = False,
+    debug: flags.Debug = False,
 ) -> None:
     """Train (or load) the original, unlearn, compare with retraining, write a record."""
-    _globals(plugin, as_json, quiet, debug)
+    state.add(plugin, as_json, quiet, debug)
+    groups = arguments.groups(metrics)
+    original_from = arguments.one_of("--mubench-orig", mubench_orig, ("measured", "table"))
+    weights = arguments.weights(reference)
+    arguments.tracker(log_with)
     registry = _registry()
-    chosen = _experiment(registry, spec, method, model, data, forget, seed, settings, recipe,
-                         reference_pool)  # fmt: skip
-    registry.create(chosen.method, **chosen.set)
-    if dry_run:
-        emit(chosen.model_dump(mode="json"))
-        return
-    forget_text = chosen.forget if isinstance(chosen.forget, str) else chosen.forget.kind
-    from unsc_plugin import engine
-    from unsc_plugin import run as pipeline
-
-    folder = out_dir or Path("runs") / pipeline.run_id(
-        chosen.method, chosen.data, chosen.model, forget_text, chosen.seed
+    chosen = arguments.experiment(
+        registry,
+        spec=spec,
+        method=method,
+        names={"data": data, "model": model, "forget": forget, "seed": seed},
+        settings=settings,
+        recipe=recipe,
+        reference_pool=reference_pool,
     )
-    if _complete(folder, resume):
+    maker = registry.create(chosen.method, **chosen.set)
+    if dry_run:
+        emit(arguments.resolved(registry, chosen).model_dump(mode="json", exclude_defaults=True))
         return
+    folder = out_dir or Path("runs") / arguments.folder_name(chosen)
+    if _complete(registry, chosen, folder, resume):
+        return
+    arguments.place(device, precision)
+    from unsc_plugin import engine, pool
+    from unsc_plugin import run as pipeline
+    from unsc_plugin._cli.progress import Watch
+    from unsc_plugin.spec import EntrySpec
+
+    arguments.writable("--out", folder)
+    arguments.writable("--cache", cache or pool.default_root())
     pipeline.quiet_libraries()
     _threads(threads)
     place = engine.accelerator(
-        _one_of("--device", device, ("auto", "cpu", "cuda", "mps")),
-        _one_of("--precision", precision, ("fp32", "bf16", "fp16")),
+        device,  # type: ignore[arg-type]  # checked above
+        precision,  # type: ignore[arg-type]
         log_with=log_with,
         project_dir=str(folder.parent / "logs") if log_with else None,
     )
     state.quiet |= not place.is_main_process
-    groups = tuple(part.strip() for part in metrics.split(","))
-    for part in groups:
-        _one_of("--metrics", part, ("core", "mia", "mubench"))
-    with _progress(place, log_with, folder.name) as tell:
+    with Watch(place, folder.name if log_with else None) as watch:
         setting = pipeline.setting(
             registry,
             data_name=chosen.data,
@@ -398,119 +259,66 @@ def run(
             cache=cache,
             pretrained=pretrained,
             allow_foreign_order=allow_foreign_order,
-            tell=tell,
+            tell=watch,
             groups=groups,
-            mubench_original=_one_of("--mubench-orig", mubench_orig, ("measured", "table")),
+            mubench_original=original_from,
             with_reference=reference == "auto",
-            reference=None if reference in ("auto", "none") else _existing(Path(reference)),
+            reference=weights,
         )
-        from unsc_plugin.spec import EntrySpec
-
+        watch.epochs = dict.fromkeys(("original", "retrained"), setting.recipe.epochs)
         unit = pipeline.Unit(EntrySpec(method=chosen.method, set=chosen.set))
+        _check_before_training(setting, unit, maker)
         finished = pipeline.run_unit(setting, unit, catch=False)
         original = pipeline.evaluate_original(setting, unit)
     if not place.is_main_process:
         return
     pipeline.write_run(finished, folder)
-    _report(finished.record, original, folder)
+    if state.as_json:
+        emit(finished.record.model_dump(mode="json", by_alias=True))
+    else:
+        views.show_run(finished.record, original, folder)
+    if finished.record.status != "ok":
+        complain(f"{finished.record.status}: {finished.record.reason}")
+        raise typer.Exit(1)
 
 
-def _experiment(
-    registry: Any,
-    spec: Path | None,
-    method: str | None,
-    model: str | None,
-    data: str | None,
-    forget: str | None,
-    seed: int | None,
-    settings: list[str] | None,
-    recipe: list[str] | None,
-    reference_pool: int,
-) -> Any:
-    from unsc_plugin.spec import EvaluationSpec, Experiment, Recipe, read_yaml
-
-    if spec is not None:
-        if any(value is not None for value in (method, model, data, forget, seed)):
-            raise ConfigError(
-                "--spec already says method, model, data, forget and seed; drop those"
+def _check_before_training(setting: Setting, unit: Unit, method: UnlearningMethod) -> None:
+    """Find what cannot work before the original and the retrained models are trained for it."""
+    request = setting.request(unit.draw)
+    for step in request.steps or (request,):
+        if step.scenario not in method.scenarios:
+            raise ScenarioNotSupported(
+                f"{method.name} does not accept scenario {step.scenario}; it supports: "
+                f"{', '.join(sorted(method.scenarios))}; choose another --forget or method"
             )
-        return read_yaml(spec).validate(Experiment)
-    if method is None:
-        raise ConfigError("expected a method (see `unsc list methods`) or --spec FILE")
-    defaults = registry.defaults
-    single = EvaluationSpec(train_seeds=1, draws=1, reference_pool=reference_pool)
-    tree = {
-        "method": method,
-        "set": _pairs("--set", settings),
-        "data": data or defaults.dataset,
-        "model": model or defaults.backbone,
-        "forget": forget or defaults.forget_set,
-        "seed": defaults.seed if seed is None else seed,
-        "evaluation": single.model_dump(mode="json"),
-    }
-    chosen = _validated(Experiment, tree)
-    if recipe:
+    built = setting.build(0)
+    if setting.reference is not None:
         from unsc_plugin import models
 
-        base = models.resolve(chosen.model, registry.entries("backbones")).recipe or Recipe()
-        changed = {**base.model_dump(mode="json"), **_pairs("--recipe", recipe)}
-        chosen = chosen.model_copy(update={"recipe": _validated(Recipe, changed)})
-    return chosen
+        models.load_checkpoint(built, setting.reference)
 
 
-def _validated(kind: Any, tree: Any) -> Any:
-    from unsc_plugin.spec import Document
+def _complete(registry: Registry, chosen: Experiment, folder: Path, resume: bool) -> bool:
+    path = folder / "record.json"
+    if resume and path.is_file():
+        from unsc_plugin import record
 
-    return Document("command line", tree).validate(kind)
-
-
-def _pairs(flag: str, texts: list[str] | None) -> dict[str, Any]:
-    """Return key -> value of `key=value` texts; values as YAML has them, dots not allowed."""
-    import yaml
-
-    pairs = {}
-    for text in texts or []:
-        key, equals, value = text.partition("=")
-        if not equals or not key.isidentifier():
-            raise ConfigError(f"{flag}: expected key=value, got {text!r}")
-        try:
-            pairs[key] = _number(yaml.safe_load(value))
-        except yaml.YAMLError as error:
-            raise ConfigError(f"{flag} {key}: {value!r} is no YAML value ({error})") from None
-    return pairs
-
-
-def _number(value: Any) -> Any:
-    """Return text that is a number, such as 1e-3 (a string in YAML 1.1), as a number."""
-    if isinstance(value, str):
-        with contextlib.suppress(ValueError):
-            return float(value)
-    return value
-
-
-def _one_of(flag: str, value: str, allowed: Sequence[str]) -> Any:
-    if value not in allowed:
-        raise ConfigError(f"{flag}: expected one of {', '.join(allowed)}, got {value!r}")
-    return value
-
-
-def _existing(path: Path) -> Path:
-    if not path.is_file():
-        raise ConfigError(f"--reference: expected auto, none or a weights file, got {path}")
-    return path
-
-
-def _complete(folder: Path, resume: bool) -> bool:
-    done = (folder / "record.json").is_file()
-    if done and resume:
+        found = record.read(path)
+        wanted = arguments.resolved(registry, chosen)
+        other = arguments.differences(found, wanted, registry)
+        if other:
+            raise ConfigError(
+                f"{folder} holds a run with another {', '.join(other)}; give another --out"
+            )
         say(f"{folder} is complete; nothing to do")
         if state.as_json:
-            emit(json.loads((folder / "record.json").read_text()))
+            emit(found.model_dump(mode="json", by_alias=True))
+        else:
+            views.show_run(found, None, folder)
         return True
     if folder.exists():
         raise ConfigError(
-            f"{folder} exists and a finished run is never overwritten; use --resume to keep it or "
-            "another --out"
+            f"{folder} exists and is never overwritten; use --resume to keep it or another --out"
         )
     return False
 
@@ -522,85 +330,35 @@ def _threads(count: int) -> None:
         torch.set_num_threads(count)
 
 
-@contextlib.contextmanager
-def _progress(place: Any, log_with: str | None, name: str) -> Iterator[Any]:
-    """Yield the callback of training and unlearning: a bar on stderr, losses to trackers."""
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-
-    if log_with:
-        place.init_trackers("unsc", init_kwargs={})
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-    bar = Progress(*columns, console=err, transient=True, disable=state.quiet)
-    tasks: dict[str, Any] = {}
-
-    def tell(what: str, told: Any) -> None:
-        if what not in tasks:
-            tasks[what] = bar.add_task(what, total=None)
-        if told.epoch_end:
-            text = f"{what}: epoch {told.epochs}, loss {told.loss:.3f}"
-            bar.update(tasks[what], description=text, advance=1)
-        if log_with:
-            place.log({f"{what}/loss": told.loss}, step=told.steps)
-
-    with bar:
-        yield tell
-    if log_with:
-        place.end_training()
-
-
-def _report(found: Any, original: Any, folder: Path) -> None:
-    if state.as_json:
-        emit(found.model_dump(mode="json", by_alias=True))
-    else:
-        out().print(_numbers_table(found, original))
-        spent = found.cost.get("seconds_prepare", 0) + found.cost.get("seconds_unlearn", 0)
-        ratio = found.cost.get("work_ratio")
-        text = f"{spent:.2f} s" + (
-            f", {ratio:.3f} of retraining's work" if ratio is not None else ""
-        )
-        out().print(f"{text}; written to {folder}", highlight=False)
-    if found.status != "ok":
-        err.print(f"{found.status}: {found.reason}", markup=False)
-        raise typer.Exit(1)
-
-
 # --------------------------------------------------------------------------- bench and boards
-
-BoardName = Annotated[str, typer.Argument(help="board.yaml, its folder, or a name in benchmarks/")]
-Out = Annotated[
-    Path | None, typer.Option("--out", help="write results here, not beside board.yaml")
-]
 
 
 @app.command("bench")
 def bench_(
-    board: BoardName,
-    only: Annotated[str | None, typer.Option(help="glob on entry or entry--s0d0")] = None,
-    seeds: Annotated[str | None, typer.Option(help="train seeds, e.g. 0,1; default: all")] = None,
-    workers: Annotated[int, typer.Option(min=1, help="local processes")] = 1,
-    ray: Annotated[bool, typer.Option("--ray", help="spread over a Ray cluster")] = False,
-    resume: Annotated[
-        bool, typer.Option("--resume/--no-resume", help="skip finished units")
-    ] = True,
-    limit: Annotated[int | None, typer.Option(min=1, help="run at most N units")] = None,
-    dry_run: Annotated[bool, typer.Option(help="print the grid and an estimate only")] = False,
-    out_dir: Out = None,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
-    precision: Annotated[str, typer.Option(help="fp32, bf16 or fp16")] = "fp32",
-    threads: Annotated[int, typer.Option(min=1, help="CPU threads per process")] = 1,
-    data_dir: Annotated[Path | None, typer.Option(help="folder of Parquet data sets")] = None,
-    cache: Annotated[Path | None, typer.Option(help="trained models; default $UNSC_CACHE")] = None,
-    plugin: Plugin = None,
-    as_json: AsJson = False,
-    quiet: Quiet = False,
-    debug: Debug = False,
+    board: flags.BoardName,
+    only: flags.Only = None,
+    seeds: flags.Seeds = None,
+    limit: flags.Limit = None,
+    workers: flags.Workers = 1,
+    ray: flags.OnRay = False,
+    device: flags.Device = "auto",
+    precision: flags.Precision = "fp32",
+    threads: flags.Threads = 1,
+    resume: flags.Resume = True,
+    dry_run: flags.Plan = False,
+    out_dir: flags.Out = None,
+    data_dir: flags.DataDir = None,
+    cache: flags.Cache = None,
+    plugin: flags.Plugins = None,
+    as_json: flags.AsJson = False,
+    quiet: flags.Quiet = False,
+    debug: flags.Debug = False,
 ) -> None:
-    """Run a board: every entry at every train seed and forget draw; then build it.
-
-    Raises:
-        ConfigError: --no-resume on a board that has results.
-    """
-    _globals(plugin, as_json, quiet, debug)
+    """Run a board: every entry at every train seed and forget draw; then build it."""
+    state.add(plugin, as_json, quiet, debug)
+    wanted_seeds = arguments.integers("--seeds", seeds)
+    arguments.one_of("--device", device, arguments.DEVICES)
+    arguments.one_of("--precision", precision, arguments.PRECISIONS)
     from unsc_plugin import bench as boards
 
     opened = boards.open_board(
@@ -608,37 +366,73 @@ def bench_(
         threads=threads, data_dir=data_dir, cache=cache,
     )  # fmt: skip
     registry = _registry()
-    for entry in opened.spec.rows:
-        registry.create(entry.method, **entry.set)
-    wanted = boards.jobs(opened, only=only, seeds=_integers(seeds))
+    _check_names(opened, registry)
+    wanted = boards.jobs(opened, only=only, seeds=wanted_seeds)
     todo, found = boards.split_done(opened, wanted)
     if not resume and len(todo) < len(wanted):
         raise ConfigError(
             f"--no-resume: {opened.results} holds {len(found)} records, which are never "
             "overwritten; delete them or use another --out"
         )
+    there = len(wanted) - len(todo)
     todo = todo[:limit]
     if dry_run:
-        _print_grid(opened, wanted, todo, found)
+        _plan(opened, len(wanted), there, todo, found)
         return
-    say(f"{opened.spec.name}: {len(wanted) - len(todo)} units finished, {len(todo)} to run")
-    failed = _run_units(opened, todo, workers, ray)
-    failed += sum(done.status != "ok" for done in found)
+    arguments.place(device, precision)
+    arguments.writable("--out", opened.results)
+    say(f"{opened.spec.name}: {there} of {len(wanted)} units finished, {len(todo)} to run")
+    done = [*_of(opened, wanted, found), *_run_units(opened, todo, workers, ray)]
     built = boards.build(opened)
     for path, text in boards.files(opened, built).items():
         boards.write_text(path, text)
-    _print_board(opened, built, len(todo))
+    _show_board(opened, built, len(todo))
+    failed = [one for one in done if one.status != "ok" and not _made_to_diverge(one, registry)]
     if failed:
-        say(f"{failed} units failed or diverged; they are on the board with their reasons")
+        complain(
+            f"{len(failed)} of {len(done)} units failed or diverged; they are on the board with "
+            "their reasons"
+        )
         raise typer.Exit(1)
 
 
-def _run_units(opened: Any, todo: list[Any], workers: int, ray: bool) -> int:
+def _check_names(opened: Board, registry: Registry) -> None:
+    """Find unknown names and settings of a board before anything is trained for it."""
+    from unsc_plugin import run as pipeline
+
+    for entry in opened.spec.rows:
+        registry.create(entry.method, **entry.set)
+    for scenario in opened.spec.scenarios:
+        pipeline.resolve(
+            registry,
+            data_name=scenario.data,
+            model_name=scenario.model,
+            forget_sets=scenario.forget,
+            recipe=scenario.recipe,
+        )
+
+
+def _of(opened: Board, wanted: Sequence[Job], found: Iterable[Record]) -> list[Record]:
+    """Return the records of the wanted units among those of the whole board."""
+    names = [scenario.name for scenario in opened.spec.scenarios]
+    keys = {(names[job.scenario], job.entry.label, job.train_seed, job.draw) for job in wanted}
+    return [record for record in found if record.key in keys]
+
+
+def _made_to_diverge(record: Record, registry: Registry) -> bool:
+    """Return whether a run diverged as the preset of a control is there to do."""
+    entry: Any = registry.methods[record.method].entry
+    preset = entry.presets.get(record.preset)
+    return record.status == "diverged" and preset is not None and preset.source == "control"
+
+
+def _run_units(opened: Board, todo: Sequence[Job], workers: int, ray: bool) -> list[Record]:
     from unsc_plugin import bench as boards
+    from unsc_plugin._cli.progress import Watch
 
     began, count = time.perf_counter(), 0
 
-    def report(job: Any, done: Any) -> None:
+    def report(job: Job, done: Record) -> None:
         nonlocal count
         count += 1
         spent = time.perf_counter() - began
@@ -646,99 +440,79 @@ def _run_units(opened: Any, todo: list[Any], workers: int, ray: bool) -> int:
         say(f"[{count}/{len(todo)}] {spent:6.1f} s  {job.label}{note}")
 
     if not todo:
-        return 0
-    done = boards.run_jobs(opened, todo, workers=workers, ray=ray, report=report)
-    return sum(record.status != "ok" for record in done)
+        return []
+    with Watch() as watch:
+        tell = watch if workers == 1 and not ray else None
+        return boards.run_jobs(opened, todo, workers=workers, ray=ray, report=report, tell=tell)
 
 
-def _integers(text: str | None) -> list[int] | None:
-    if text is None:
-        return None
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError:
-        raise ConfigError(f"--seeds: expected numbers with commas, got {text!r}") from None
-
-
-def _print_grid(opened: Any, wanted: list[Any], todo: list[Any], found: list[Any]) -> None:
+def _plan(
+    opened: Board, units: int, finished: int, todo: Sequence[Job], found: Sequence[Record]
+) -> None:
     spec, how = opened.spec, opened.spec.evaluation
-    per_scenario = how.train_seeds + how.draws * how.reference_pool
-    trainings = len(spec.scenarios) * per_scenario
+    trainings = len(spec.scenarios) * (how.train_seeds + how.draws * how.reference_pool)
     known = [r.cost.get("seconds_prepare", 0) + r.cost.get("seconds_unlearn", 0) for r in found]
     estimate = len(todo) * sum(known) / len(known) if known else None
     tree = {
-        "board": spec.name, "units": len(wanted), "finished": len(wanted) - len(todo),
+        "board": spec.name, "units": units, "finished": finished,
         "to_run": [job.label for job in todo], "trainings_at_most": trainings,
         "unlearning_seconds_estimate": estimate,
     }  # fmt: skip
-    if state.as_json:
-        emit(tree)
-        return
-    text = "unknown (no finished unit yet)" if estimate is None else f"{estimate:.0f} s"
-    out().print(
-        f"{spec.name}: {len(wanted)} units, {tree['finished']} finished, {len(todo)} to run; at "
-        f"most {trainings} trainings of originals and retrained models; unlearning time {text}"
-    )
-    for job in todo:
-        out().print(f"  {job.label}", highlight=False)
+    _present(tree, views.show_plan)
 
 
-def _print_board(opened: Any, built: Any, ran: int) -> None:
+def _show_board(opened: Board, built: Leaderboard, ran: int) -> None:
     if state.as_json:
         emit({**built.to_dict(), "ran": ran, "out": str(opened.out)})
         return
     out().print(built.terminal())
-    out().print(f"written to {opened.out}: LEADERBOARD.md, plot.svg", highlight=False)
+    line(f"written to {opened.out}: LEADERBOARD.md, plot.svg")
 
 
 @board_app.command("build")
 def board_build(
-    board: BoardName,
-    out_dir: Out = None,
-    check: Annotated[
-        bool, typer.Option("--check", help="write nothing; exit 1 if stale or unhealthy")
-    ] = False,
-    plugin: Plugin = None,
-    as_json: AsJson = False,
-    quiet: Quiet = False,
-    debug: Debug = False,
+    board: flags.BoardName,
+    out_dir: flags.Out = None,
+    check: flags.CheckOnly = False,
+    plugin: flags.Plugins = None,
+    as_json: flags.AsJson = False,
+    quiet: flags.Quiet = False,
+    debug: flags.Debug = False,
 ) -> None:
     """Build LEADERBOARD.md and plot.svg from the records, or check that they are up to date."""
-    _globals(plugin, as_json, quiet, debug)
+    state.add(plugin, as_json, quiet, debug)
     from unsc_plugin import bench as boards
 
     opened = boards.open_board(board, out=out_dir, plugins=tuple(state.plugins))
     built = boards.build(opened)
-    old = boards.stale(opened, built)
+    old = boards.stale(opened, built) if check else []
     if not check:
         for path, text in boards.files(opened, built).items():
             boards.write_text(path, text)
-    _print_board(opened, built, 0)
-    if check and old:
-        err.print(
-            f"stale: {', '.join(map(str, old))}; run `unsc board build {board}`", markup=False
-        )
+    _show_board(opened, built, 0)
+    if old:
+        complain(f"stale: {', '.join(map(str, old))}; run `unsc board build {board}`")
     if not built.ok:
-        err.print("the board is not healthy: " + "; ".join(built.health.failures), markup=False)
-    if (check and old) or not built.ok:
+        complain("the board is not healthy: " + "; ".join(built.health.failures))
+    if old or not built.ok:
         raise typer.Exit(1)
 
 
 @board_app.command("verify")
 def board_verify(
-    board: BoardName,
-    tolerance: Annotated[float, typer.Option(help="largest difference of a metric")] = 1e-6,
-    out_dir: Out = None,
-    threads: Annotated[int, typer.Option(min=1, help="CPU threads")] = 1,
-    data_dir: Annotated[Path | None, typer.Option(help="folder of Parquet data sets")] = None,
-    cache: Annotated[Path | None, typer.Option(help="trained models; default $UNSC_CACHE")] = None,
-    plugin: Plugin = None,
-    as_json: AsJson = False,
-    quiet: Quiet = False,
-    debug: Debug = False,
+    board: flags.BoardName,
+    tolerance: flags.Tolerance = 1e-6,
+    threads: flags.Threads = 1,
+    out_dir: flags.Out = None,
+    data_dir: flags.DataDir = None,
+    cache: flags.Cache = None,
+    plugin: flags.Plugins = None,
+    as_json: flags.AsJson = False,
+    quiet: flags.Quiet = False,
+    debug: flags.Debug = False,
 ) -> None:
     """Recompute hashes and metrics of every record (from kept logits, or by running again)."""
-    _globals(plugin, as_json, quiet, debug)
+    state.add(plugin, as_json, quiet, debug)
     from unsc_plugin import bench as boards
 
     opened = boards.open_board(
@@ -749,12 +523,7 @@ def board_verify(
     if state.as_json:
         emit({"checked": checked, "mismatches": [vars(one) for one in mismatches]})
     else:
-        table = Table("unit", "what", "stored", "found", title=f"{len(mismatches)} mismatches")
-        for one in mismatches:
-            table.add_row(one.unit, one.what, one.stored, one.found)
-        if mismatches:
-            out().print(table)
-        out().print(f"{checked} records checked, {len(mismatches)} mismatches", highlight=False)
+        views.show_mismatches(checked, mismatches)
     if mismatches:
         raise typer.Exit(1)
 
@@ -764,20 +533,18 @@ def board_verify(
 
 @app.command()
 def check(
-    method: Annotated[str, typer.Argument(help="a registered method, also one of --plugin")],
-    quick: Annotated[
-        bool, typer.Option("--quick/--full", help="the cheap half of the suite")
-    ] = False,
-    badge: Annotated[Path | None, typer.Option(help="write the badge record here")] = None,
-    plugin: Plugin = None,
-    as_json: AsJson = False,
-    quiet: Quiet = False,
-    debug: Debug = False,
+    method: flags.Method,
+    quick: flags.Quick = False,
+    badge: flags.Badge = None,
+    plugin: flags.Plugins = None,
+    as_json: flags.AsJson = False,
+    quiet: flags.Quiet = False,
+    debug: flags.Debug = False,
 ) -> None:
     """Run the conformance suite over a method: does it do what its name says?"""
-    _globals(plugin, as_json, quiet, debug)
+    state.add(plugin, as_json, quiet, debug)
     registry = _registry()
-    registry.method(method)
+    registry.create(method)
     from unsc_plugin import conformance
     from unsc_plugin.bench import write_text
 
@@ -795,23 +562,35 @@ def check(
 
 # --------------------------------------------------------------------------- entry
 
+INTERRUPTED = 130
+USAGE_ERROR: type[Exception] = typer.BadParameter.__bases__[0]
+"""The parser's own error. Older typer takes it from click, newer typer brings a copy."""
 
-def main() -> NoReturn:
-    """Run the command line; every error of ours is one message and an exit code."""
+
+def main(words: Sequence[str] | None = None) -> NoReturn:
+    """Run the command line; every error of ours is one message and an exit code.
+
+    `words` are the arguments, those of the process by default.
+
+    Raises:
+        SystemExit: always, with the exit code.
+    """
+    state.clear()
     try:
-        app(standalone_mode=False)
-        code = 0
-    except DivergedError as error:
-        code = _fail(error, 1)
+        code = app(None if words is None else list(words), standalone_mode=False) or 0
     except UnscError as error:
         code = _fail(error, error.exit_code)
-    except KeyboardInterrupt:
-        err.print("interrupted; finished units are kept", markup=False)
-        code = 130
-    except typer.Exit as error:
-        code = error.exit_code
-    except Exception as error:
+    except (KeyboardInterrupt, typer.Abort):
+        code = INTERRUPTED
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nobody reads on
+        code = 1
+    except OSError as error:
+        code = _fail(error, 2)
+    except USAGE_ERROR as error:
         code = _usage(error)
+    if code == INTERRUPTED:
+        complain("interrupted; finished units are kept")
     sys.stdout.flush()
     sys.exit(code)
 
@@ -819,22 +598,11 @@ def main() -> NoReturn:
 def _fail(error: BaseException, code: int) -> int:
     if state.debug:
         err.print_exception()
-    err.print(f"error: {error}", markup=False, highlight=False)
+    complain(f"error: {error}")
     return code
 
 
-def _usage(error: Exception) -> int:
-    """Return 2 for a usage error of the command-line parser; raise anything else.
-
-    Raises:
-        Exception: an error that is not ours.
-    """
-    import click
-
-    if isinstance(error, click.exceptions.Abort):
-        return 130
-    if not isinstance(error, click.ClickException):
-        raise error
+def _usage(error: Any) -> int:
     error.show()
     return int(error.exit_code)
 

@@ -17,12 +17,12 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from unsc_plugin._data import text as words
 from unsc_plugin._data.columns import guess_columns, read_part
 from unsc_plugin._data.images import IN_MEMORY_BYTES, ImageDecoder, PixelFormat
 from unsc_plugin._data.pieces import Piece, arrange, class_codes, group_codes, with_noise
 from unsc_plugin._data.sources import Part, Source, read_sklearn, read_synthetic
 from unsc_plugin._data.tables import TableEncoder
+from unsc_plugin._data.text import describe, encode, train_words
 from unsc_plugin.errors import DataError, MissingOptional, RowOrderMismatch, UnknownName
 from unsc_plugin.rows import Rows
 from unsc_plugin.spec import DataInfo, DatasetEntry
@@ -324,7 +324,7 @@ def load(
     names, groups = group_codes(pieces, entry.columns.group)
     rows = {split: _rows(piece, inputs[split], groups[split]) for split, piece in pieces.items()}
     shape = next(iter(rows["train"].gather([0]).inputs.values())).shape[1:]
-    vocab_size, pad_token_id = (None, None) if tokenizer is None else words.describe(tokenizer)
+    vocab_size, pad_token_id = (None, None) if tokenizer is None else describe(tokenizer)
     info = DataInfo(
         name=name,
         modality=entry.modality,
@@ -366,10 +366,9 @@ def _inputs(
             split: [list(column[:]) for column in part.values()] for split, part in columns.items()
         }
         if tokenizer is None:
-            tokenizer = words.train_words([text for column in texts["train"] for text in column])
+            tokenizer = train_words([text for column in texts["train"] for text in column])
         return {
-            split: words.encode(tokenizer, found, entry.max_length)
-            for split, found in texts.items()
+            split: encode(tokenizer, found, entry.max_length) for split, found in texts.items()
         }, tokenizer
     images: dict[str, Any] = {split: part["image"] for split, part in columns.items()}
     if isinstance(images["train"], np.ndarray):

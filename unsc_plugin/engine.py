@@ -15,11 +15,13 @@ from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from unsc_plugin.errors import ConfigError, DataError, MissingOptional
 from unsc_plugin.method import Batch, Budget, Context, Loader, Progress, Recipe, TrainingConfig
 from unsc_plugin.rows import Rows, joint
 
@@ -55,15 +57,38 @@ def accelerator(
 ) -> Accelerator:
     """Return the accelerator of this process: device, mixed precision, trackers.
 
-    Under `accelerate launch` it joins the group of processes.
+    Under `accelerate launch` or `torchrun` it joins the group of processes.
+
+    Raises:
+        MissingOptional: a device that this machine does not have.
+        ConfigError: this process has an accelerator of another device or precision already.
     """
-    mixed = "no" if precision == "fp32" else precision
-    return Accelerator(
-        cpu=device == "cpu" or not torch.cuda.is_available(),
-        mixed_precision=mixed,
-        log_with=log_with,
-        project_dir=project_dir,
-    )
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if not there.get(device, True):
+        raise MissingOptional(f"device {device} is not there; use auto or cpu")
+    try:
+        return Accelerator(
+            cpu=device == "cpu" or not any(there.values()),
+            mixed_precision="no" if precision == "fp32" else precision,
+            log_with=log_with,
+            project_dir=project_dir,
+        )
+    except ValueError as error:
+        raise ConfigError(
+            f"accelerate cannot run on {device} in {precision} in this process: {error}"
+        ) from None
+
+
+class _Plain:
+    """What :func:`fit` needs of an accelerator where none is given: one process, fp32."""
+
+    num_processes = 1
+    scaler = None
+    autocast = contextlib.nullcontext
+
+    @staticmethod
+    def backward(loss: Tensor) -> None:
+        loss.backward()  # type: ignore[no-untyped-call]
 
 
 # --------------------------------------------------------------------------- losses
@@ -185,30 +210,31 @@ def fit(
     Raises:
         DivergedError: a loss is not finite.
     """
-    device = context.accelerator or accelerator("cpu" if context.device.type == "cpu" else "auto")
+    device = context.accelerator or _Plain
     parameters = [p for p in model.parameters() if p.requires_grad]
     if epochs <= 0 or not parameters:
         return
     inner = _optimizer(parameters, context.recipe, lr, optimizer, weight_decay)
-    stepper = device.prepare_optimizer(inner)
+    stepper = AcceleratedOptimizer(inner, scaler=device.scaler) if context.accelerator else inner
+    stepper.zero_grad()
     per_epoch = sum(len(stage) for stage in stages)
-    norms = bool(_batch_norms(model))
     for epoch in range(epochs):
         done = 0
         for stage in stages:
             for item in stage.items(epoch):
                 if context.spent:
+                    _mean_statistics(model, device)
                     return
                 if schedule is not None:
                     _scale(inner, lr * schedule(epoch + done / per_epoch if per_epoch else epoch))
-                with _mode(model, stage, item) if norms else contextlib.nullcontext():
-                    loss = _backward(model, stage.loss, item, device, micro_batches)
+                loss = _backward(model, stage, item, device, micro_batches)
                 sum_gradients(parameters, device)
                 _step(stepper, parameters, device, max_grad_norm, before_step)
                 if after_step is not None:
                     after_step()
                 context.tick(loss)
                 done += 1
+        _mean_statistics(model, device)
         context.epoch_done()
         if on_epoch_end is not None and on_epoch_end(epoch):
             return
@@ -253,54 +279,70 @@ def _mode(model: nn.Module, stage: Stage, item: Item) -> Iterator[None]:
         yield
 
 
-def _backward(
-    model: nn.Module, loss: Loss, item: Item, device: Accelerator, micro_batches: int
-) -> float:
+def _backward(model: nn.Module, stage: Stage, item: Item, device: Any, micro_batches: int) -> float:
     total = 0.0
     for part in _micro(item, micro_batches):
-        with device.autocast():
-            value = loss(model, part)
+        with _mode(model, stage, part), device.autocast():
+            value = stage.loss(model, part)
         device.backward(value)
         total += float(value.detach())
     if device.num_processes > 1:
-        total = float(reduce_sum(torch.tensor(total, device=device.device), device))
+        total = float(reduce_sum(torch.tensor(total, dtype=torch.float64), device))
     return total
 
 
 def _micro(item: Item, parts: int) -> Iterable[Item]:
+    """Return the micro-batches of a step; of a joint step as many as its smallest batch has."""
     if parts <= 1:
         return [item]
     if isinstance(item, Batch):
         return item.split(parts)
-    return list(zip(*(batch.split(parts) for batch in item), strict=False))
+    count = min(parts, *(len(batch) for batch in item))
+    return list(zip(*(batch.split(count) for batch in item), strict=True))
 
 
-def sum_gradients(parameters: Iterable[nn.Parameter], device: Accelerator) -> None:
-    """Add the gradients of all processes up, in place; one flat buffer per dtype."""
+def _mean_statistics(model: nn.Module, device: Any) -> None:
+    """Give BatchNorm the mean of all processes' running statistics, so that one model comes out."""
     if device.num_processes == 1:
         return
-    with_gradient = [p for p in parameters if p.requires_grad]
-    for dtype in sorted({p.dtype for p in with_gradient}, key=str):
-        group = [p for p in with_gradient if p.dtype == dtype]
+    for module in _batch_norms(model):
+        for buffer in module.buffers(recurse=False):
+            if buffer.is_floating_point():
+                buffer.copy_(reduce_sum(buffer, device) / device.num_processes)
+
+
+def sum_gradients(parameters: Sequence[nn.Parameter], device: Any) -> None:
+    """Add the gradients of all processes up, in place; one flat buffer per dtype.
+
+    A parameter that no process used keeps no gradient, as it does with one process.
+    """
+    if device.num_processes == 1:
+        return
+    used = torch.tensor([float(p.grad is not None) for p in parameters])
+    everywhere = reduce_sum(used.to(device.device), device).tolist()
+    shared = [p for p, count in zip(parameters, everywhere, strict=True) if count]
+    for dtype in sorted({p.dtype for p in shared}, key=str):
+        group = [p for p in shared if p.dtype == dtype]
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in group]
         flat = reduce_sum(torch.cat([g.reshape(-1) for g in gradients]), device)
-        for p, part in zip(group, torch.split(flat, [p.numel() for p in group]), strict=True):
+        parts = torch.split(flat, [p.numel() for p in group])
+        for p, part in zip(group, parts, strict=True):
             p.grad = part.view_as(p).clone()
 
 
 def _step(
-    stepper: Any,
+    stepper: AcceleratedOptimizer | torch.optim.Optimizer,
     parameters: list[nn.Parameter],
-    device: Accelerator,
+    device: Any,
     max_grad_norm: float | None,
     before_step: Callable[[], None] | None,
 ) -> None:
+    if device.scaler is not None and (before_step is not None or max_grad_norm is not None):
+        device.unscale_gradients(stepper)
     if before_step is not None:
-        if device.scaler is not None:
-            device.unscale_gradients(stepper)
         before_step()
     if max_grad_norm is not None:
-        device.clip_grad_norm_(parameters, max_grad_norm)
+        nn.utils.clip_grad_norm_(parameters, max_grad_norm)
     stepper.step()
     stepper.zero_grad()
 
@@ -471,7 +513,12 @@ def predict(
     """Return the outputs of `model` on `rows` in row order, in eval mode, without augmentation.
 
     Processes share the rows; every process gets the full result. The modes of `model` are restored.
+
+    Raises:
+        DataError: no rows.
     """
+    if not len(rows):
+        raise DataError("predict: expected rows, got an empty split")
     where = device.device if device else next((p.device for p in model.parameters()), None)
     rank, world = (device.process_index, device.num_processes) if device else (0, 1)
     loader = Loader(rows, batch_size, rank=rank, world=world, device=where)
@@ -511,7 +558,7 @@ def reduce_sum(tensor: Tensor, device: Accelerator | None) -> Tensor:
     """Return the sum of `tensor` over all processes."""
     if device is None or device.num_processes == 1:
         return tensor
-    summed: Tensor = device.reduce(tensor, reduction="sum")
+    summed: Tensor = device.reduce(tensor.to(device.device), reduction="sum")
     return summed
 
 

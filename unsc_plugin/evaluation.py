@@ -8,6 +8,7 @@ cached :class:`Outputs`, so that no retrained model is ever loaded again.
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,17 +17,19 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 from torch import Tensor, nn
 
 from unsc_plugin import engine
 from unsc_plugin.data import Splits
-from unsc_plugin.errors import DataError, DivergedError
+from unsc_plugin.errors import CacheMismatch, DataError, DivergedError
 from unsc_plugin.forget import Request
-from unsc_plugin.metrics import _catalogue, distance, divergence, membership, mubench, probe
+from unsc_plugin.metrics import METRICS, distance, divergence, membership, mubench, probe
 from unsc_plugin.metrics.accuracy import accuracy
 from unsc_plugin.rows import Rows
-from unsc_plugin.spec import EvaluationSpec, Recipe, derive, fingerprint
+from unsc_plugin.spec import EvaluationSpec, Recipe, canonical_json, derive, fingerprint
 
 GROUPS = ("core", "mia", "mubench")
 CLASS_KINDS = ("class", "subclass")
@@ -134,11 +137,15 @@ def _stratified(labels: Tensor, limit: int | str, seed: int) -> np.ndarray:
     count = len(labels)
     if limit == "all" or count <= int(limit):
         return np.arange(count)
-    generator = np.random.default_rng(seed)
-    column = labels.numpy()
-    by_label = [generator.permutation(np.flatnonzero(column == k)) for k in np.unique(column)]
-    taken = [rows[: max(1, round(int(limit) * len(rows) / count))] for rows in by_label]
-    return np.sort(np.concatenate(taken))[: int(limit)]
+    column, generator = labels.numpy(), np.random.default_rng(seed)
+    names, sizes = np.unique(column, return_counts=True)
+    quota, remainder = np.divmod(int(limit) * sizes, count)
+    quota[np.argsort(-remainder, kind="stable")[: int(limit) - int(quota.sum())]] += 1
+    taken = [
+        generator.permutation(np.flatnonzero(column == name))[:share]
+        for name, share in zip(names, quota, strict=True)
+    ]
+    return np.sort(np.concatenate(taken))
 
 
 def _codes(splits: Splits, request: Request) -> tuple[np.ndarray, np.ndarray, Tensor, Tensor]:
@@ -175,18 +182,45 @@ class Outputs:
     test: np.ndarray
     numbers: Mapping[str, float]
 
+    @property
+    def sha256(self) -> str:
+        """SHA-256 over shape and bytes of the logits, and over the numbers."""
+        digest = hashlib.sha256(canonical_json(dict(self.numbers)).encode())
+        for name in _LOGITS:
+            logits = np.ascontiguousarray(getattr(self, name))
+            digest.update(f"{name}|{logits.dtype}|{logits.shape}|".encode() + logits.tobytes())
+        return digest.hexdigest()
+
     def save(self, path: Path) -> None:
-        """Write the logits as safetensors and the numbers beside them as JSON."""
+        """Write one safetensors file: the logits, and as metadata the numbers and the hash."""
         tensors = {name: torch.from_numpy(getattr(self, name)) for name in _LOGITS}
-        save_file(tensors, path)
-        path.with_suffix(".json").write_text(json.dumps(dict(self.numbers), sort_keys=True))
+        numbers = canonical_json(dict(self.numbers))
+        save_file(tensors, path, metadata={"numbers": numbers, "sha256": self.sha256})
 
     @classmethod
     def load(cls, path: Path) -> Outputs:
-        """Read what :meth:`save` wrote."""
-        tensors = load_file(path)
-        numbers = json.loads(path.with_suffix(".json").read_text())
-        return cls(**{name: tensors[name].numpy() for name in _LOGITS}, numbers=numbers)
+        """Read what :meth:`save` wrote.
+
+        Raises:
+            CacheMismatch: the file is not the one that was written.
+        """
+        try:
+            with safe_open(path, "np") as file:
+                metadata = file.metadata()
+                logits = {name: file.get_tensor(name) for name in _LOGITS}
+            found = cls(**logits, numbers=json.loads(metadata["numbers"]))
+            expected = metadata["sha256"]
+        except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+            raise CacheMismatch(
+                f"{path}: expected kept logits, got {type(error).__name__}: {error}; delete the "
+                "file to make it again"
+            ) from None
+        if found.sha256 != expected:
+            raise CacheMismatch(
+                f"{path}: expected SHA-256 {expected}, found {found.sha256}; delete the file to "
+                "make it again"
+            )
+        return found
 
 
 _LOGITS = ("forget", "retain_eval", "test")
@@ -202,10 +236,7 @@ def observe(
     """
     logits = {}
     for name in _LOGITS:
-        found = engine.predict(model, getattr(frame, name), device=device).logits
-        if not bool(torch.isfinite(found).all()):
-            raise DivergedError(f"a logit on {name} is not finite")
-        logits[name] = found.numpy()
+        logits[name] = _finite_logits(model, getattr(frame, name), name, device).numpy()
     numbers: dict[str, float] = {}
     if frame.shots is not None and frame.shot_rows is not None:
         seen = frame.test.subset(torch.nonzero(frame.forgotten)[:, 0])
@@ -215,6 +246,18 @@ def observe(
     if relearn:
         numbers |= _relearnt(model, frame, relearn_seed, device)
     return Outputs(**logits, numbers=numbers)
+
+
+def _finite_logits(model: nn.Module, rows: Rows, name: str, device: Any) -> Tensor:
+    """Return the logits of `model` on `rows`.
+
+    Raises:
+        DivergedError: a logit is not finite.
+    """
+    found = engine.predict(model, rows, device=device).logits
+    if not bool(torch.isfinite(found).all()):
+        raise DivergedError(f"a logit on {name} is not finite")
+    return found
 
 
 def _relearnt(model: nn.Module, frame: Frame, seed: int, device: Any) -> dict[str, float]:
@@ -227,7 +270,7 @@ def _relearnt(model: nn.Module, frame: Frame, seed: int, device: Any) -> dict[st
     found: dict[str, float] = {}
 
     def measure(step: int) -> None:
-        logits = engine.predict(student, frame.forget, device=device).logits
+        logits = _finite_logits(student, frame.forget, "forget", device)
         found[f"relearn_retain{marks[step]}"] = accuracy(logits, frame.forget.labels)
 
     try:
@@ -292,8 +335,9 @@ def evaluate(
             found |= _mubench(outputs, frame, original_test_accuracy, mubench_method)
         return found
 
-    own = single(subject, missing)
-    members = [single(member, {}) for member in pool]
+    with threadpool_limits(1, "blas"):  # tiny problems: more BLAS threads only wait for each other
+        own = single(subject, missing)
+        members = [single(member, {}) for member in pool]
     reference = {
         name: float(np.mean([member[name] for member in members]))
         for name in own
@@ -306,17 +350,47 @@ def evaluate(
     }
     if pool:
         own |= _distances(subject, pool, frame, own, members)
-    else:
-        missing["tow"] = "no retrained model to compare with"
-    if "relearn_retain" not in own:
-        missing["relearn_retain"] = "the probe was left out or its training diverged"
-    if original_test_accuracy is None and "mubench" in groups:
-        missing["mubench.unlearn_overall_accuracy"] = "the original's test accuracy is not known"
+    for name in _expected(frame.kind, groups):
+        if name not in own:
+            missing.setdefault(name, _reason(name, own, missing, bool(pool)))
     return Evaluation(_ordered(own), _ordered(reference), _ordered(spread), missing)
 
 
+def _expected(kind: str, groups: set[str]) -> list[str]:
+    """Return the names of the default tier that outputs of this kind of forgetting can have."""
+    asked = {"core"} | groups
+    outside = {"cost", "board"}  # known to the runner and to the leaderboard
+    has = kind if kind in CLASS_KINDS else "instance"
+    return [
+        name
+        for name, spec in METRICS.items()
+        if has in spec.kinds and not outside & set(spec.needs) and _group(name) in asked
+    ]
+
+
+def _group(name: str) -> str:
+    return "mubench" if name.startswith("mubench.") else "mia" if "umia" in name else "core"
+
+
+def _reason(name: str, own: Mapping[str, float], missing: Mapping[str, str], has_pool: bool) -> str:
+    """Return why a number that outputs can have is not there."""
+    base = {gap: of for of, gap in _GAPS.items()}.get(name, "")
+    if "pool" in METRICS[name].needs and not has_pool:
+        return "no retrained model to compare with"
+    if base:
+        return "a retrained model lacks it" if base in own else f"{base} is absent"
+    if name.startswith("relearn_"):
+        return "the probe was left out or its training diverged"
+    if name.startswith("umia_"):
+        return missing.get("umia_auc", "the attack cannot be run")
+    if name == "mubench.unlearn_overall_accuracy":
+        return "the original's test accuracy is not known"
+    which = "kept sub-labels of the same label" if "siblings" in name else "forgotten (sub-)labels"
+    return f"no test rows of the {which}"
+
+
 def _ordered(numbers: Mapping[str, float]) -> dict[str, float]:
-    place = {name: at for at, name in enumerate(_catalogue.METRICS)}
+    place = {name: at for at, name in enumerate(METRICS)}
     return {name: numbers[name] for name in sorted(numbers, key=lambda n: (place.get(n, 999), n))}
 
 

@@ -12,6 +12,7 @@ import copy
 import dataclasses
 import hashlib
 import inspect
+import json
 import math
 import types
 import typing
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, final
 
 import torch
+from pydantic import TypeAdapter, ValidationError
 from torch import Tensor, nn
 
 from unsc_plugin.errors import (
@@ -54,6 +56,7 @@ __all__ = [
     "Progress",
     "Recipe",
     "Result",
+    "Rows",
     "Scenario",
     "Split",
     "TrainingConfig",
@@ -147,27 +150,35 @@ def build_config(kind: type, values: Mapping[str, Any]) -> Any:
 
 
 def _typed(key: str, value: Any, hint: Any) -> Any:
-    allowed = typing.get_args(hint) if _is_union(hint) else (hint,)
-    for kind in allowed:
-        if typing.get_origin(kind) is Literal:
-            if value in typing.get_args(kind):
-                return value
-        elif typing.get_origin(kind) is not None:
-            if isinstance(value, (list, tuple, dict)):
-                return tuple(value) if isinstance(value, list) else value
-        elif kind is float and isinstance(value, (int, float)) and not isinstance(value, bool):
-            return float(value)
-        elif isinstance(value, kind) and (kind is bool or not isinstance(value, bool)):
-            return value
-    expected = getattr(hint, "__name__", None) or str(hint).replace("typing.", "")
-    raise ConfigError(f"{key}: expected {expected}, got {value!r} ({type(value).__name__})")
+    """Return `value` as `hint` says, without coercion but for what JSON and YAML cannot tell apart.
+
+    Raises:
+        ConfigError: another type.
+    """
+    adapter = TypeAdapter(hint)
+    try:
+        try:
+            text = json.dumps(value)  # so that a list stands for a tuple and 1 for 1.0
+        except TypeError:
+            return adapter.validate_python(value, strict=True)
+        return adapter.validate_json(text, strict=True)
+    except ValidationError:
+        raise ConfigError(
+            f"{key}: expected {_described(hint)}, got {value!r} ({type(value).__name__})"
+        ) from None
 
 
-def _is_union(hint: Any) -> bool:
-    return typing.get_origin(hint) in (typing.Union, types.UnionType)
+def _described(hint: Any) -> str:
+    if typing.get_origin(hint) is Literal:
+        return "one of " + ", ".join(map(repr, typing.get_args(hint)))
+    return hint.__name__ if isinstance(hint, type) and not typing.get_args(hint) else str(hint)
 
 
 def _in_range(key: str, value: Any, limits: Mapping[str, Any]) -> None:
+    choices = limits.get("choices")
+    if choices and value not in choices:
+        wanted = ", ".join(map(repr, choices))
+        raise ConfigError(f"{key}: expected one of {wanted}, got {value!r}")
     if not isinstance(value, (int, float)) or isinstance(value, bool):
         return
     low, high, above = limits.get("low"), limits.get("high"), limits.get("above")
@@ -198,6 +209,10 @@ class Weights:
     eps: Tensor
     source: str = "given"
 
+    def __post_init__(self) -> None:
+        if not bool(torch.isfinite(self.eps).all()):
+            raise ConfigError("expected finite weights ε, got a NaN or an infinity")
+
     @property
     def multiplicity(self) -> Tensor:
         """Times a sample counts when retained: a = max(1 + ε, 0), float64 (N,)."""
@@ -219,8 +234,15 @@ class Weights:
         return hashlib.sha256(self.eps.double().numpy().astype("<f8").tobytes()).hexdigest()
 
     def harden(self, threshold: float = 0.5) -> Weights:
-        """Return the set form S_f = {ε ≤ −threshold}, the explicit way out for set-only methods."""
-        return Weights(-(self.eps <= -threshold).double(), f"{self.source}, threshold {threshold}")
+        """Return the set form S_f = {ε ≤ −threshold}, the explicit way out for set-only methods.
+
+        Raises:
+            ConfigError: a threshold that is not above 0.
+        """
+        if not threshold > 0:
+            raise ConfigError(f"threshold: expected a number > 0, got {threshold}")
+        gone = (self.eps <= -threshold).double()
+        return Weights(torch.where(gone > 0, -gone, gone), f"{self.source}, threshold {threshold}")
 
 
 @dataclass(frozen=True)
@@ -394,7 +416,7 @@ class UnlearningTask(Context):
             batch_size=batch_size,
             shuffle=train if shuffle is None else shuffle,
         )
-        loader.on_batch = lambda batch: self._count(Split(split), len(batch))
+        loader.on_batch = lambda batch: self._count(Split(split), int((batch.weight > 0).sum()))
         return loader
 
     def loader_over(
@@ -468,15 +490,34 @@ class UnlearningTask(Context):
         task.stop_reason = task.prepared = None
         return task
 
+    def counts(self, prepared: Prepared | None) -> tuple[int, dict[Split, int]]:
+        """Return work and samples read, `prepare` included, summed over all processes."""
+        local = [self.work + (prepared.work if prepared else 0)]
+        local += [self.read.get(split, -1) for split in Split]
+        if self.accelerator is not None and self.accelerator.num_processes > 1:
+            mine = torch.tensor(local, dtype=torch.float64).to(self.device)
+            local = [int(value) for value in self.accelerator.reduce(mine, reduction="sum")]
+        read = {split: count for split, count in zip(Split, local[1:], strict=True) if count >= 0}
+        return local[0], read
+
+    def take(self, prepared: Prepared) -> None:
+        """Go on where `prepare` ended: its state, promises, notes and reads."""
+        self.prepared = prepared.state
+        self.frozen |= prepared.frozen
+        self.stats.update(prepared.stats)
+        self.read.update(prepared.read)
+
     def fingerprint(self) -> str:
-        """Return the SHA-256 of what `prepare` may depend on: the rows of every split, weights."""
+        """Return the SHA-256 of what `prepare` may depend on: rows, labels, weights, recipe."""
         parts = {
-            str(split): hashlib.sha256(rows.index.numpy().tobytes()).hexdigest()
+            str(split): [
+                hashlib.sha256(column.numpy().tobytes()).hexdigest()
+                for column in (rows.index, rows.labels, rows.weight)
+            ]
             for split, rows in self._rows.items()
             if rows is not None
         }
-        weights = self.weights.sha256 if self.weights else None
-        return fingerprint([parts, weights, self.data_fingerprint, str(self.scenario)])
+        return fingerprint([parts, self.recipe, self.data_fingerprint, str(self.scenario)])
 
     def _open(self, split: Split) -> Rows:
         rows = self._rows[split]
@@ -496,6 +537,12 @@ class UnlearningTask(Context):
         return frozenset(torch.nonzero((forget > 0) & (retain == 0))[:, 0].tolist())
 
     def _check(self) -> None:
+        for split, rows in self._rows.items():
+            if rows is not None and len(rows) and int(rows.labels.max()) >= self.num_classes:
+                raise ForgetSetError(
+                    f"expected labels below {self.num_classes} (num_classes), got label "
+                    f"{int(rows.labels.max())} in {split}"
+                )
         forget, retain = self._rows[Split.FORGET], self._rows[Split.RETAIN]
         if forget is not None and retain is not None and self.weights is None:
             both = set(forget.index.tolist()) & set(retain.index.tolist())
@@ -511,12 +558,18 @@ class UnlearningTask(Context):
 
 @dataclass(frozen=True)
 class Prepared:
-    """What `prepare` computed, for which model and request, and in how many seconds."""
+    """What `prepare` computed, for which model and request, and what it cost.
+
+    `frozen`, `stats` and `read` are what it promised, noted and read.
+    """
 
     state: Any
     fingerprint: str
     seconds: float
     work: int
+    frozen: frozenset[str]
+    stats: Mapping[str, Any]
+    read: Mapping[Split, int]
 
 
 @dataclass(frozen=True)
@@ -543,12 +596,18 @@ class Result:
 
 
 class UnlearningMethod(abc.ABC):
-    """Base of all methods; see the module's text. Class data say what a method is held to."""
+    """Base of all methods; see the module's text. Class data say what a method is held to.
+
+    `optional` lists splits of `needs` that may be missing or empty; `identity`: returns the model
+    as it is; `deterministic`: the seed changes nothing; `control`: a negative control of boards;
+    `expected_failures`: conformance checks that do not hold, with the reason.
+    """
 
     name: ClassVar[str]
     needs: ClassVar[frozenset[Split]]
     scenarios: ClassVar[frozenset[Scenario]]
     supports_weights: ClassVar[bool] = False
+    optional: ClassVar[frozenset[Split]] = frozenset()
     identity: ClassVar[bool] = False
     deterministic: ClassVar[bool] = False
     control: ClassVar[bool] = False
@@ -579,11 +638,8 @@ class UnlearningMethod(abc.ABC):
         Raises:
             UnscError: the request is one that the method does not accept.
         """
-        self._accept(task)
-        guarded = task.guarded(self.needs, seed)
-        with sealed(seed):
-            private = self._private(model, guarded)
-            return self._prepare(private, guarded, self._mark(model, task, seed))
+        self._accept(task, seed)
+        return self._prepare(model, task, seed, self._mark(model, task, seed))
 
     @final
     def unlearn(
@@ -599,44 +655,47 @@ class UnlearningMethod(abc.ABC):
             FrozenChanged: weights that the method promised to leave alone have moved.
             ConfigError: `prepared` belongs to another model, request, seed or configuration.
         """
-        self._accept(task)
+        self._accept(task, seed)
         if prepared is not None and prepared.fingerprint != self._mark(model, task, seed):
             raise ConfigError(
                 "prepared state belongs to another model, request, seed or configuration; call "
                 "prepared() with the same arguments"
             )
+        memory = PeakMemory(task.device)
         guarded = task.guarded(self.needs, seed)
-        with sealed(seed):
-            private = self._private(model, guarded)
-            memory = PeakMemory(guarded.device)
-            earlier_work = prepared.work if prepared else 0
-            prepared = prepared or self._prepare(private, guarded, "")
-            guarded.prepared, guarded.clock = prepared.state, Clock()
-            try:
-                unlearned = self._finite(self.run(private, guarded))
-                status, reason = ("budget", "budget") if guarded.stop_reason else ("ok", None)
-            except DivergedError as error:
-                status, reason, unlearned = "diverged", str(error), copy.deepcopy(model)
-            seconds, peak = guarded.clock.seconds, memory.bytes
-            guarded._counter.forget(unlearned)
-            self._restore(unlearned, model)
-            self._hold_promise(unlearned, model, guarded.frozen)
+        try:
+            prepared = prepared or self._prepare(model, task, seed, "")
+            guarded.take(prepared)
+            with sealed(seed):
+                private = self._private(model, guarded)
+                guarded.clock = Clock()
+                unlearned = self._sound(self.run(private, guarded), model)
+            status, reason = ("budget", "budget") if guarded.stop_reason else ("ok", None)
+        except DivergedError as error:
+            status, reason, unlearned = "diverged", str(error), copy.deepcopy(model)
+        seconds, peak = guarded.clock.seconds, memory.bytes
+        guarded._counter.forget(unlearned)
+        self._restore(unlearned, model)
+        self._hold_promise(unlearned, model, guarded.frozen)
+        work, read = guarded.counts(prepared)
         return Result(
             model=unlearned,
             status=typing.cast(Any, status),
             reason=reason,
-            seconds_prepare=prepared.seconds,
+            seconds_prepare=prepared.seconds if prepared else 0.0,
             seconds_unlearn=seconds,
             peak_bytes=peak,
-            work=guarded.work + earlier_work,
+            work=work,
             steps=guarded.steps,
             epochs=guarded.epochs,
             losses=tuple(guarded.losses),
-            read=guarded.read,
+            read=read,
             stats=guarded.stats,
         )
 
-    def _accept(self, task: UnlearningTask) -> None:
+    def _accept(self, task: UnlearningTask, seed: int) -> None:
+        if seed < 0:
+            raise ConfigError(f"seed: expected 0 or more, got {seed}")
         if task.scenario not in self.scenarios:
             known = ", ".join(sorted(self.scenarios))
             raise ScenarioNotSupported(
@@ -647,12 +706,13 @@ class UnlearningMethod(abc.ABC):
                 f"{self.name} knows sets only, got soft weights; harden them explicitly with "
                 "forget.threshold (Weights.harden): S_f = {ε <= -τ}"
             )
-        for split in sorted(self.needs):
-            if task._rows[split] is None or (split is Split.FORGET and not task.size(split)):
-                raise ForgetSetError(
-                    f"{self.name} needs split {split}, got "
-                    f"{'an empty one' if task._rows[split] is not None else 'none'}; provide it"
-                )
+        required = set(self.needs - self.optional)
+        if task.weights is None and task._rows[Split.FORGET] is not None:
+            required.add(Split.FORGET)
+        for split in sorted(required):
+            if not task.size(split):
+                found = "none" if task._rows[split] is None else "an empty one"
+                raise ForgetSetError(f"{self.name} needs split {split}, got {found}; provide it")
 
     def _private(self, model: nn.Module, task: UnlearningTask) -> nn.Module:
         private = copy.deepcopy(model).to(task.device)
@@ -660,11 +720,17 @@ class UnlearningMethod(abc.ABC):
         task._counter.watch(private)
         return private
 
-    def _prepare(self, private: nn.Module, task: UnlearningTask, mark: str) -> Prepared:
-        task.clock = Clock()
-        before = task.work
-        state = self.prepare(private, task)
-        return Prepared(state, mark, task.clock.seconds, task.work - before)
+    def _prepare(self, model: nn.Module, task: UnlearningTask, seed: int, mark: str) -> Prepared:
+        """Run `prepare` on a copy and a task of its own, so that only its state is left."""
+        guarded = task.guarded(self.needs, seed)
+        if type(self).prepare is UnlearningMethod.prepare:
+            return Prepared(None, mark, 0.0, 0, frozenset(), {}, {})
+        with sealed(seed):
+            private = self._private(model, guarded)
+            guarded.clock = Clock()
+            state = self.prepare(private, guarded)
+        seconds, frozen = guarded.clock.seconds, frozenset(guarded.frozen)
+        return Prepared(state, mark, seconds, guarded.work, frozen, guarded.stats, guarded.read)
 
     def _mark(self, model: nn.Module, task: UnlearningTask, seed: int) -> str:
         settings = dataclasses.asdict(self.config)
@@ -672,6 +738,12 @@ class UnlearningMethod(abc.ABC):
 
     def _hold_promise(self, unlearned: nn.Module, original: nn.Module, names: set[str]) -> None:
         after, before = unlearned.state_dict(), original.state_dict()
+        unknown = sorted(names - before.keys())
+        if unknown:
+            raise ConfigError(
+                f"{self.name} promised to leave {unknown[0]!r} alone, which is no state entry; "
+                "promise names of model.state_dict()"
+            )
         moved = [n for n in sorted(names) if not torch.equal(after[n].cpu(), before[n].cpu())]
         if moved:
             raise FrozenChanged(
@@ -679,9 +751,12 @@ class UnlearningMethod(abc.ABC):
                 f"{len(moved)} moved (first: {moved[0]}); exclude them from the optimiser"
             )
 
-    @staticmethod
-    def _finite(unlearned: nn.Module) -> nn.Module:
-        spoiled = first_non_finite(unlearned)
+    def _sound(self, unlearned: Any, original: nn.Module) -> nn.Module:
+        if not isinstance(unlearned, nn.Module):
+            raise ArchitectureChanged(
+                f"{self.name}.run must return the model, got {type(unlearned).__name__}"
+            )
+        spoiled = first_non_finite(unlearned, original)
         if spoiled:
             raise DivergedError(f"{spoiled} is not finite after the run")
         return unlearned
@@ -723,20 +798,33 @@ def from_function(
     parameters = dict(inspect.signature(function).parameters)
     splits = [split for split in Split if str(split) in parameters]
     others = [p for key, p in parameters.items() if key not in {*map(str, splits), "model", "ctx"}]
-    unset = [p.name for p in others if p.default is inspect.Parameter.empty]
-    if "model" not in parameters or unset:
+    empty = inspect.Parameter.empty
+    kinds = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    wrong = [
+        p.name
+        for p in others
+        if p.default is empty or p.kind in kinds or isinstance(p.default, (list, dict, set))
+    ]
+    if "model" not in parameters or wrong:
         raise ConfigError(
             f"{name}: expected (model, retain, forget, val=None, *, ctx, setting=default), got "
-            f"({', '.join(parameters)})" + (f"; {unset[0]!r} has no default" if unset else "")
+            f"({', '.join(map(str, parameters.values()))})"
+            + (f"; {wrong[0]!r} needs a default that is not mutable" if wrong else "")
         )
+    hints = typing.get_type_hints(function)
     config = dataclasses.make_dataclass(
         "Config",
-        [(p.name, type(p.default), option(p.default, "setting")) for p in others],
+        [
+            (p.name, hints.get(p.name, _type_of(p.default)), option(p.default, "setting"))
+            for p in others
+        ],
         frozen=True,
     )
 
     def run(self: UnlearningMethod, model: nn.Module, task: UnlearningTask) -> nn.Module:
-        inputs: dict[str, Any] = {str(split): task.loader(split) for split in splits}
+        inputs: dict[str, Any] = {
+            str(split): task.loader(split) if task.size(split) else None for split in splits
+        }
         if "ctx" in parameters:
             inputs["ctx"] = task
         return function(model, **inputs, **dataclasses.asdict(self.config))
@@ -744,6 +832,7 @@ def from_function(
     body = {
         "name": name,
         "needs": frozenset(splits),
+        "optional": frozenset(s for s in splits if parameters[str(s)].default is None),
         "scenarios": scenarios,
         "supports_weights": supports_weights,
         "Config": config,
@@ -754,3 +843,7 @@ def from_function(
     return types.new_class(
         f"{name}_method", (UnlearningMethod,), {}, lambda names: names.update(body)
     )
+
+
+def _type_of(default: Any) -> Any:
+    return Any if default is None else type(default)

@@ -2,8 +2,8 @@
 
 A member is a folder named by its key: `model.safetensors`, `meta.json` (seconds, work, versions,
 device, SHA-256 of every file) and, per frame it was observed on, `outputs-<frame>.safetensors` with
-its numbers. Folders appear whole, by one rename; a claim file keeps two workers from training the
-same member.
+its numbers and hash. Folders appear whole, by one rename; a claim file keeps two workers from
+training the same member.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import contextlib
 import hashlib
 import json
 import os
+import platform
 import shutil
 import socket
 import tempfile
@@ -21,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -159,13 +161,15 @@ class Pool:
                 model, rows, recipe, seed=seed, device=self.device, progress=progress
             )
             counter.forget(model)
+        here = torch.tensor(counter.samples, device=context.device)
+        work = int(engine.reduce_sum(here, self.device))
         if not self._main:
             return
         meta = {
             "parts": parts,
             "seconds": context.clock.seconds,
             "steps": context.steps,
-            "work": counter.samples,
+            "work": work,
             "device": device_name(self.device),
             "sha256": state_sha256(model),
         }
@@ -177,21 +181,32 @@ class Pool:
         save_file(state, temporary / "model.safetensors")
         meta["files"] = {"model.safetensors": _file_sha256(temporary / "model.safetensors")}
         (temporary / "meta.json").write_text(json.dumps(meta, sort_keys=True, indent=2))
+        temporary.chmod(0o755)  # made private by mkdtemp; a cache may be shared
         try:
             temporary.rename(folder)
-        except OSError:  # another machine was first: its member stands
+        except OSError:
             shutil.rmtree(temporary)
+            if not folder.is_dir():
+                raise
+            # another machine was first: its member stands
 
     def _publish_outputs(self, found: Outputs, folder: Path, name: str) -> None:
         with tempfile.TemporaryDirectory(prefix=".new-", dir=folder) as scratch:
             found.save(Path(scratch) / f"{name}.safetensors")
-            for suffix in (".json", ".safetensors"):  # the logits last: they mark completeness
-                os.replace(Path(scratch) / f"{name}{suffix}", folder / f"{name}{suffix}")
+            os.replace(Path(scratch) / f"{name}.safetensors", folder / f"{name}.safetensors")
 
     def _open(self, key: str, folder: Path) -> Member:
-        meta = json.loads((folder / "meta.json").read_text())
-        for name, expected in meta["files"].items():
-            found = _file_sha256(folder / name)
+        try:
+            meta = json.loads((folder / "meta.json").read_text())
+            expected_files = dict(meta["files"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise CacheMismatch(
+                f"{folder / 'meta.json'}: expected what was written beside the model, got "
+                f"{type(error).__name__}: {error}; delete the folder to train this model again"
+            ) from None
+        for name, expected in expected_files.items():
+            path = folder / name
+            found = _file_sha256(path) if path.is_file() else "no file"
             if found != expected:
                 raise CacheMismatch(
                     f"{folder / name}: expected SHA-256 {expected}, found {found}; delete the "
@@ -226,7 +241,8 @@ class Pool:
                     time.sleep(0.05)
                 continue
             with os.fdopen(descriptor, "w") as handle:
-                handle.write(canonical_json({"host": socket.gethostname(), "pid": os.getpid()}))
+                me = {"host": socket.gethostname(), "pid": os.getpid(), "born": _born(os.getpid())}
+                handle.write(canonical_json(me))
             if folder.is_dir():  # finished between the look and the claim
                 claim.unlink(missing_ok=True)
                 return False
@@ -248,8 +264,22 @@ def _stale(claim: Path) -> bool:
     except json.JSONDecodeError:
         return age > 5  # killed while writing it
     if holder.get("host") == socket.gethostname() and "pid" in holder:
-        return not _alive(int(holder["pid"]))
+        pid = int(holder["pid"])
+        return not _alive(pid) or _born(pid) != holder.get("born")
     return age > (5 if not holder else UNKNOWN_SECONDS)
+
+
+def _born(pid: int) -> str | None:
+    """Return when a process started, in clock ticks since boot; None if it has ended.
+
+    A process number is given out again, and an ended process keeps its own until it is waited for.
+    """
+    try:
+        status = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return None
+    fields = status.rpartition(")")[2].split()  # from field 3 on; the name before may hold spaces
+    return None if fields[0] in "ZX" else fields[19]
 
 
 def _alive(pid: int) -> bool:
@@ -269,10 +299,6 @@ def _file_sha256(path: Path) -> str:
 
 def device_name(device: Any) -> str:
     """Return a name of the device and the number of processes, for comparing times."""
-    import platform
-
-    import torch
-
     where = device.device if device is not None else torch.device("cpu")
     if where.type == "cuda":
         name = torch.cuda.get_device_name(where)

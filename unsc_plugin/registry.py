@@ -95,6 +95,11 @@ class Named:
         """One line about the entry."""
         return getattr(self.entry, "summary", "") if self.entry else self.reason
 
+    @property
+    def aliases(self) -> Mapping[str, str]:
+        """Other names of a method, and the preset that each stands for."""
+        return self.entry.aliases if isinstance(self.entry, MethodEntry) else {}
+
 
 @dataclass
 class Registry:
@@ -109,18 +114,25 @@ class Registry:
     plugins: tuple[str, ...] = ()
 
     def add(self, named: Named) -> None:
-        """Register a name.
+        """Register a name, and its aliases.
 
         Raises:
             DuplicateName: two origins for one name.
         """
-        section: dict[str, Named] = getattr(self, named.kind)
-        if named.name in section:
-            raise DuplicateName(
-                f"{named.kind[:-1].replace('_', ' ')} {named.name!r} is registered twice: by "
-                f"{section[named.name].origin} and by {named.origin}; rename one of them"
-            )
-        section[named.name] = named
+        for name in (named.name, *named.aliases):
+            held = self._holder(named.kind, name)
+            if held is not None:
+                raise DuplicateName(
+                    f"{named.kind[:-1].replace('_', ' ')} {name!r} is registered twice: by "
+                    f"{held.origin} and by {named.origin}; rename one of them"
+                )
+        getattr(self, named.kind)[named.name] = named
+
+    def _holder(self, kind: str, name: str) -> Named | None:
+        """Return what answers to `name`, by its own name or by an alias."""
+        section: dict[str, Named] = getattr(self, kind)
+        aliased = (named for named in section.values() if name in named.aliases)
+        return section.get(name) or next(aliased, None)
 
     def entries(self, kind: str) -> dict[str, Any]:
         """Return name -> entry of a section."""
@@ -135,11 +147,9 @@ class Registry:
             MissingOptional: what it requires is not installed.
         """
         base, _, tag = name.partition(".")
-        for named in self.methods.values():
-            entry = named.entry
-            if isinstance(entry, MethodEntry) and base in entry.aliases and not tag:
-                base, tag = named.name, entry.aliases[base]
-                break
+        held = self._holder("methods", base)
+        if held is not None and not tag:
+            base, tag = held.name, held.aliases.get(base, "")
         if base not in self.methods:
             self._raise_unknown(base)
         found = self.methods[base]
@@ -215,11 +225,21 @@ def load(plugins: Sequence[str] = ()) -> Registry:
     _merge(registry, file, "built-in", document.source)
     for point in sorted(metadata.entry_points(group=GROUP), key=lambda p: (p.name, p.value)):
         _add_entry_point(registry, point)
-    for named in _session:
-        registry.add(named)
     for plugin in plugins:
         _add_plugin(registry, plugin)
+    for named in _session:
+        if not _is_listed(registry, named):
+            registry.add(named)
     return registry
+
+
+def _is_listed(registry: Registry, named: Named) -> bool:
+    """Say whether a file lists the very class that was decorated, too; the file's entry stands."""
+    held = registry.methods.get(named.name)
+    if held is None or not isinstance(held.entry, MethodEntry):
+        return False
+    module, _, attribute = held.entry.target.partition(":")
+    return getattr(sys.modules.get(module), attribute, None) is named.target
 
 
 @lru_cache(maxsize=1)
@@ -243,6 +263,8 @@ def _unmet(requirements: Sequence[str]) -> str:
     for text in requirements:
         try:
             requirement = Requirement(text)
+            if requirement.marker and not requirement.marker.evaluate():
+                continue
             installed = metadata.version(requirement.name)
         except InvalidRequirement:
             return f"{text!r} is no requirement"
@@ -323,7 +345,7 @@ def _collected() -> Iterator[list[Named]]:
 
 @lru_cache(maxsize=64)
 def _loaded_file(path: Path, modified: float) -> tuple[Named, ...]:
-    name = f"_unsc_plugin_file_{abs(hash(path))}_{path.stem}"
+    name = re.sub(r"\W", "_", f"_unsc_plugin_file_{abs(hash(path))}_{path.stem}")
     module_spec = importlib.util.spec_from_file_location(name, path)
     assert module_spec is not None
     assert module_spec.loader is not None
@@ -365,8 +387,12 @@ def register_method(
     It returns the model.
 
     Raises:
-        ConfigError: neither a method class nor such a function; or a name that is not allowed.
+        ConfigError: neither a method class nor such a function; an unknown scenario; or a name that
+            is not allowed.
     """
+    unknown = sorted(set(scenarios) - set(Scenario))
+    if unknown:
+        raise ConfigError(f"expected scenarios of {', '.join(Scenario)}, got {unknown}")
 
     def register(target: Any) -> Any:
         from unsc_plugin.method import UnlearningMethod, from_function
@@ -381,11 +407,13 @@ def register_method(
                 scenarios=frozenset(Scenario(s) for s in scenarios),
                 supports_weights=supports_weights,
             )
+            kind.__name__ = kind.__qualname__ = target.__name__.strip("<>")  # a lambda's has them
         elif name is not None and getattr(kind, "name", name) != name:
             raise ConfigError(f"registered as {name!r}, but the class says name = {kind.name!r}")
         else:
             kind.name = getattr(kind, "name", None) or name or kind.__name__.lower()
-        origin = inspect.getsourcefile(target) or target.__module__
+        module = sys.modules.get(target.__module__)
+        origin = getattr(module, "__file__", None) or target.__module__
         (_collecting[-1] if _collecting else _session).append(_named_of(kind, origin, summary))
         return target
 

@@ -17,10 +17,11 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset
 
-from unsc_plugin.errors import DataError
+from unsc_plugin.errors import ConfigError, DataError
 from unsc_plugin.spec import derive
 
 Positions = Tensor | np.ndarray | list[int]
+"""Row numbers, or a mask with one truth value per row."""
 
 
 @dataclass(frozen=True)
@@ -49,10 +50,14 @@ class Batch:
         return self._map(lambda tensor: tensor.to(device, non_blocking=True))
 
     def split(self, parts: int) -> list[Batch]:
-        """Return at most `parts` micro-batches; they keep `total`, so their losses add up."""
-        size = -(-len(self) // parts)
-        starts = range(0, len(self), size)
-        return [self._map(operator.itemgetter(slice(at, at + size))) for at in starts]
+        """Return min(parts, B) micro-batches of nearly equal size; they keep `total`.
+
+        Their losses, each divided by `total`, therefore add up to the loss of the batch.
+        """
+        count = min(parts, len(self))
+        borders = [len(self) * at // count for at in range(count + 1)]
+        cuts = itertools.pairwise(borders)
+        return [self._map(operator.itemgetter(slice(start, stop))) for start, stop in cuts]
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> Batch:
         return Batch(
@@ -107,6 +112,7 @@ class Rows:
         count = len(labels)
         index = torch.arange(count) if index is None else index
         lengths = {key: len(value) for key, value in inputs.items()} | {"index": len(index)}
+        lengths |= {key: len(column) for key, column in (extra or {}).items()}
         if group is not None:
             lengths["group"] = len(group)
         wrong = {key: size for key, size in lengths.items() if size != count}
@@ -145,7 +151,7 @@ class Rows:
 
     def subset(self, positions: Positions) -> Rows:
         """Return the rows at `positions` of this split, in that order; storage is shared."""
-        chosen = torch.as_tensor(positions, dtype=torch.int64)
+        chosen = _chosen(positions)
         return replace(
             self,
             positions=self.positions[chosen],
@@ -194,7 +200,7 @@ class Rows:
 
     def gather(self, positions: Positions, total: float | None = None) -> Batch:
         """Return the rows at `positions` of this split as a batch, without augmentation."""
-        chosen = torch.as_tensor(positions, dtype=torch.int64)
+        chosen = _chosen(positions)
         rows = self.positions[chosen]
         weight = self.weight[chosen]
         if self.decode is not None:
@@ -213,6 +219,11 @@ class Rows:
             None if self.all_group is None else self.all_group[rows],
         )
         return batch if device.type == "cpu" else batch.to(device)
+
+
+def _chosen(positions: Positions) -> Tensor:
+    chosen = torch.as_tensor(positions)
+    return chosen if chosen.dtype == torch.bool else chosen.long()
 
 
 @dataclass(frozen=True)
@@ -246,6 +257,9 @@ class Loader:
     trailing batch of one row is merged into the one before it when `shuffle` is on (batch
     statistics need two rows). With several processes, process `rank` gets every `world`-th row of
     each batch; a process whose share is empty gets the batch's first row with weight 0.
+
+    Raises:
+        ConfigError: an unknown augmentation.
     """
 
     def __init__(
@@ -262,6 +276,9 @@ class Loader:
         device: torch.device | str | None = None,
         on_batch: Callable[[Batch], None] | None = None,
     ) -> None:
+        known = ("none", *AUGMENTATIONS)
+        if augment not in known:
+            raise ConfigError(f"augment: expected {' or '.join(known)}, got {augment!r}")
         self.rows, self.batch_size, self.seed, self.name = rows, batch_size, seed, name
         self.shuffle, self.augment, self.rank, self.world = shuffle, augment, rank, world
         self.device, self.on_batch = device, on_batch
@@ -280,7 +297,12 @@ class Loader:
         plan = self._plan(number)
         fetch = _Fetch(self.rows, plan)
         source: Iterable[Batch] = (
-            DataLoader(fetch, batch_size=None, num_workers=self.rows.workers)
+            DataLoader(
+                fetch,
+                batch_size=None,
+                num_workers=self.rows.workers,
+                generator=torch.Generator(),  # or workers are seeded from the global one
+            )
             if self.rows.workers
             else (fetch[step] for step in range(len(plan)))
         )

@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import re
+import shlex
 import shutil
 import statistics
 import subprocess
@@ -35,7 +36,9 @@ from unsc_plugin.record import Record
 from unsc_plugin.registry import Registry
 from unsc_plugin.runtime import sealed, state_sha256
 from unsc_plugin.spec import (
+    DEFAULT_RECIPE,
     BackboneEntry,
+    DatasetEntry,
     EntrySpec,
     EvaluationSpec,
     ForgetSpec,
@@ -66,6 +69,7 @@ class Setting:
     evaluation: EvaluationSpec
     seed: int
     pool: Pool
+    dataset: DatasetEntry | None = None
     pretrained: bool = False
     allow_foreign_order: bool = False
     board: str | None = None
@@ -114,6 +118,9 @@ class Setting:
         """What names data and backbone in the key of a cached model."""
         return {
             "data": [self.data, self.splits.info.labels_sha256, self.splits.info.revision],
+            "rows_as": None
+            if self.dataset is None
+            else self.dataset.model_dump(mode="json", exclude=_NO_PART_OF_THE_ROWS),
             "model": self.entry.model_dump(mode="json", exclude={"recipe", "summary", "mubench"}),
             "pretrained": self.pretrained,
             "initial": state_sha256(self.build(0)) if self.pretrained else None,
@@ -188,6 +195,7 @@ class Setting:
         )
 
 
+_NO_PART_OF_THE_ROWS = {"summary", "license", "recipe", "mubench"}
 _TEST_ACCURACY: dict[str, float] = {}
 
 
@@ -198,6 +206,39 @@ def _test_accuracy(
         found = engine.predict(model, setting.splits.test, device=setting.pool.device)
         _TEST_ACCURACY[member.key] = accuracy(found.logits, found.labels)
     return _TEST_ACCURACY[member.key]
+
+
+@dataclass(frozen=True)
+class Names:
+    """What the names of a scenario stand for; nothing is loaded yet."""
+
+    entry: BackboneEntry
+    data: str
+    dataset: DatasetEntry
+    forget: tuple[ForgetSpec, ...]
+    recipe: Recipe
+
+
+def resolve(
+    registry: Registry,
+    *,
+    data_name: str,
+    model_name: str,
+    forget_sets: Sequence[str | ForgetSpec],
+    recipe: Recipe | None = None,
+) -> Names:
+    """Return what the names of a scenario stand for.
+
+    Raises:
+        UnscError: an unknown name.
+    """
+    entry = models.resolve(model_name, registry.entries("backbones"))
+    resolved, dataset = data.resolve(data_name, registry.entries("datasets"))
+    specs = tuple(
+        forget.resolve(one, registry.entries("forget_sets"), resolved) for one in forget_sets
+    )
+    found = recipe or entry.recipe or dataset.recipe or DEFAULT_RECIPE
+    return Names(entry, resolved, dataset, specs, found)
 
 
 def setting(
@@ -220,13 +261,16 @@ def setting(
     Raises:
         UnscError: an unknown name, data that is not there, or a forget set that does not fit.
     """
-    entry = models.resolve(model_name, registry.entries("backbones"))
-    resolved, dataset = data.resolve(data_name, registry.entries("datasets"))
-    specs = tuple(
-        forget.resolve(one, registry.entries("forget_sets"), resolved) for one in forget_sets
+    names = resolve(
+        registry,
+        data_name=data_name,
+        model_name=model_name,
+        forget_sets=forget_sets,
+        recipe=recipe,
     )
+    entry, dataset = names.entry, names.dataset
     tokenizer = models.tokenizer_for(entry) if dataset.modality == "text" else None
-    splits = data.load(dataset, resolved, data_dir=data_dir, tokenizer=tokenizer)
+    splits = data.load(dataset, names.data, data_dir=data_dir, tokenizer=tokenizer)
     if device is not None and device.device.type != "cpu":
         splits = dataclasses.replace(
             splits,
@@ -237,19 +281,20 @@ def setting(
     found = Setting(
         registry=registry,
         name=more.pop("name", "run"),
-        data=resolved,
+        data=names.data,
         model=model_name,
         entry=entry,
-        recipe=recipe or entry.recipe or dataset.recipe or Recipe(),
+        recipe=names.recipe,
         splits=splits,
-        forget=specs,
+        forget=names.forget,
         evaluation=evaluation_spec,
         seed=seed,
         pool=Pool(cache or default_root(), device),
+        dataset=dataset,
         pretrained=pretrained or entry.source == "hf",
         **more,
     )
-    for draw in range(len(specs)):
+    for draw in range(len(names.forget)):
         found.request(draw)
     return found
 
@@ -360,7 +405,8 @@ def _unlearn(
     progress = None if tell is None else (lambda told: tell(unit.entry.label, told))
     seed = derive(setting.seed, role, unit.draw, unit.train_seed)
     if not request.steps:
-        return method.unlearn(original, setting.task(request, progress), seed)
+        result = method.unlearn(original, setting.task(request, progress), seed)
+        return _over_processes(result, setting.pool.device)
     model, results = original, []
     for number, step in enumerate(request.steps):
         result = method.unlearn(
@@ -370,7 +416,18 @@ def _unlearn(
         if result.status == "diverged":
             break
         model = result.model
-    return _summed(results)
+    return _over_processes(_summed(results), setting.pool.device)
+
+
+def _over_processes(result: Result, device: Any) -> Result:
+    """Return the result with the work and the samples read of all processes, not of this one."""
+    where = torch.device("cpu") if device is None else device.device
+
+    def whole(count: int) -> int:
+        return int(engine.reduce_sum(torch.tensor(count, device=where), device))
+
+    read = {split: whole(count) for split, count in sorted(result.read.items())}
+    return dataclasses.replace(result, work=whole(result.work), read=read)
 
 
 def _summed(results: Sequence[Result]) -> Result:
@@ -413,6 +470,8 @@ def _given_reference(setting: Setting, unit: Unit) -> Outputs:
     assert setting.reference is not None
     model = setting.build(0)
     models.load_checkpoint(model, setting.reference)
+    if setting.pool.device is not None:
+        model = model.to(setting.pool.device.device)
     seed = derive(setting.seed, "eval", unit.draw, 0)
     with sealed(seed):
         return evaluation.observe(
@@ -575,11 +634,18 @@ def command_of(setting: Setting, unit: Unit) -> str:
     if setting.board is not None:
         only = f"'{unit.entry.label}--s{unit.train_seed}d{unit.draw}'"
         return f"unsc bench benchmarks/{setting.board} --only {only}"
-    words = ["unsc run", unit.entry.method, "--model", setting.model, "--data", setting.data]
+    words = ["unsc", "run", unit.entry.method, "--model", setting.model, "--data", setting.data]
     spec = setting.forget[0].model_dump_json(exclude_defaults=True)
-    words += ["--forget", f"'{spec}'", "--seed", str(setting.seed)]
-    words += [f"--set {key}={json.dumps(value)}" for key, value in unit.entry.set.items()]
-    return " ".join(words)
+    words += ["--forget", spec, "--seed", str(setting.seed)]
+    for key, value in unit.entry.set.items():
+        words += ["--set", f"{key}={json.dumps(value)}"]
+    usual = setting.entry.recipe or DEFAULT_RECIPE
+    for key, value in setting.recipe.model_dump(mode="json").items():
+        if value != getattr(usual, key):
+            words += ["--recipe", f"{key}={json.dumps(value)}"]
+    words += ["--reference-pool", str(setting.evaluation.reference_pool)]
+    words += ["--metrics", ",".join(setting.groups)]
+    return shlex.join(words)
 
 
 # --------------------------------------------------------------------------- the run folder
@@ -615,10 +681,12 @@ def write_run(finished: Finished, folder: Path) -> Path:
         if finished.model is not None:
             models.save_weights(finished.model, scratch / "model.safetensors")
         (scratch / "record.json").write_text(record.dumps(finished.record), encoding="utf-8")
+        scratch.chmod(0o755)  # made private by mkdtemp
         os.replace(scratch, folder)
     except OSError as error:
-        shutil.rmtree(scratch, ignore_errors=True)
         raise ConfigError(f"{folder} cannot be written: {error}") from None
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
     return folder
 
 

@@ -35,14 +35,17 @@ def sealed(seed: int) -> Iterator[None]:
     cuda_states = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
     cudnn = torch.backends.cudnn
     flags = (cudnn.enabled, cudnn.benchmark, cudnn.deterministic)
-    deterministic, threads = torch.are_deterministic_algorithms_enabled(), torch.get_num_threads()
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    threads = torch.get_num_threads()
     try:
         random.seed(seed)
         np.random.seed(seed % 2**32)
         torch.manual_seed(seed)
         torch.set_grad_enabled(True)
         cudnn.benchmark, cudnn.deterministic = False, True
-        yield
+        with torch.inference_mode(False):
+            yield
     finally:
         random.setstate(python)
         np.random.set_state(numpy_state)
@@ -52,7 +55,7 @@ def sealed(seed: int) -> Iterator[None]:
         torch.set_grad_enabled(grad)
         torch.set_default_dtype(dtype)
         cudnn.enabled, cudnn.benchmark, cudnn.deterministic = flags
-        torch.use_deterministic_algorithms(deterministic)
+        torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
         if torch.get_num_threads() != threads:
             torch.set_num_threads(threads)
 
@@ -159,9 +162,17 @@ def state_sha256(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def first_non_finite(model: nn.Module) -> str | None:
-    """Return the name of the first state tensor with a NaN or an infinity, else None."""
+def first_non_finite(model: nn.Module, original: nn.Module | None = None) -> str | None:
+    """Return the name of the first state tensor that is not finite, else None.
+
+    Tensors that were not finite in `original` (masks of −∞) are left out.
+    """
+    before = original.state_dict() if original is not None else {}
     for name, tensor in model.state_dict().items():
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        if not _finite(tensor) and (name not in before or _finite(before[name])):
             return name
     return None
+
+
+def _finite(tensor: Tensor) -> bool:
+    return not tensor.is_floating_point() or bool(torch.isfinite(tensor).all())

@@ -10,7 +10,8 @@ from __future__ import annotations
 import enum
 import hashlib
 import json
-from collections.abc import Hashable, Mapping
+import re
+from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -49,9 +50,9 @@ class Scenario(enum.StrEnum):
 
 
 class Strict(BaseModel):
-    """Base of all specs: unknown keys rejected, no coercion, immutable."""
+    """Base of all specs: unknown keys rejected, no coercion, finite numbers, immutable."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 # --------------------------------------------------------------------------- identity and seeds
@@ -60,10 +61,12 @@ class Strict(BaseModel):
 def canonical_json(value: Any) -> str:
     """Return the one JSON text of `value`: sorted keys, no spaces, shortest round-trip floats.
 
+    A number that is not finite has no JSON form and is a ValueError.
+
     >>> canonical_json({"b": 0.1, "a": (1, None)})
     '{"a":[1,null],"b":0.1}'
     """
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), default=_plain)
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), default=_plain, allow_nan=False)
 
 
 def fingerprint(value: Any) -> str:
@@ -100,7 +103,14 @@ Path_ = tuple[Hashable, ...]
 
 
 class _LineLoader(yaml.SafeLoader):
-    """A safe loader that refuses duplicate keys and remembers the line of every path."""
+    """A safe loader that reads `1e-3` as a number, as YAML 1.2 does (PyYAML: only `1.0e-3`)."""
+
+
+_LineLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
+    list("-+.0123456789"),
+)
 
 
 @dataclass(frozen=True)
@@ -132,13 +142,22 @@ class Document:
         try:
             return model.model_validate_json(text)
         except ValidationError as error:
-            faults = [self._fault(model, item) for item in error.errors()[:8]]
-            raise ConfigError("\n".join(faults)) from None
+            faults = self._faults(model, error.errors())
+            raise ConfigError("\n".join(faults[:8])) from None
 
-    def _fault(self, model: type[BaseModel], item: Any) -> str:
+    def _faults(self, model: type[BaseModel], items: Iterable[Any]) -> list[str]:
+        """Return a line per fault, less those above another one, which only follow from it.
+
+        Such are the other branches of a union, and a list left too short by its faulty item.
+        """
+        places = [(_place(self.tree, item), item) for item in items]
+        above = {place[:size] for place, _ in places for size in range(len(place))}
+        return [self._fault(model, item, place) for place, item in places if place not in above]
+
+    def _fault(self, model: type[BaseModel], item: Any, place: Path_) -> str:
         location = tuple(item["loc"])
-        where = f"{self.source}:{self.line(_existing(self.tree, location))}"
-        path = ".".join(str(part) for part in location) or "(top level)"
+        where = f"{self.source}:{self.line(place)}"
+        path = ".".join(map(str, place)) or "(top level)"
         message = item["msg"]
         if item["type"] == "extra_forbidden":
             known = _keys_beside(model, location)
@@ -151,15 +170,15 @@ class Document:
         return f"{where}: {path}: {message}"
 
 
-def _existing(tree: Any, location: tuple[Any, ...]) -> Path_:
-    """Return the part of a pydantic location that is a path of the tree (union tags dropped)."""
+def _place(tree: Any, item: Any) -> Path_:
+    """Return the path in the file that a fault of pydantic is about (union tags dropped)."""
     path: list[Hashable] = []
-    for part in location:
+    for part in item["loc"]:
         in_list = isinstance(tree, list) and isinstance(part, int) and part < len(tree)
         if in_list or (isinstance(tree, Mapping) and part in tree):
             tree = tree[part]
             path.append(part)
-    return tuple(path)
+    return (*path, item["loc"][-1]) if item["type"] == "missing" else tuple(path)
 
 
 def _keys_beside(model: type[BaseModel], location: tuple[Any, ...]) -> set[str]:
@@ -211,13 +230,15 @@ def parse_yaml(text: str, source: str) -> Document:
     Raises:
         ConfigError: no YAML, a duplicate key, or a tag that would build an object.
     """
-    loader = _LineLoader(text)
     lines: dict[Path_, int] = {}
     try:
+        loader = _LineLoader(text)
         node = loader.get_single_node()
         if node is not None:
             _walk(node, (), lines, source)
         tree = loader.construct_document(node) if node is not None else None
+    except ConfigError:
+        raise
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
         line = mark.line + 1 if mark else 1
@@ -225,8 +246,8 @@ def parse_yaml(text: str, source: str) -> Document:
         raise ConfigError(f"{source}:{line}: {error.problem}{hint}") from None
     except (yaml.YAMLError, ValueError) as error:
         raise ConfigError(f"{source}: not YAML: {error}") from None
-    finally:
-        loader.dispose()
+    except RecursionError:
+        raise ConfigError(f"{source}: nested too deeply, or in itself; flatten it") from None
     return Document(source, tree, lines)
 
 
@@ -237,6 +258,9 @@ def _walk(node: yaml.Node, path: Path_, lines: dict[Path_, int], source: str) ->
             _walk(child, (*path, position), lines, source)
     elif isinstance(node, yaml.MappingNode):
         for key, child in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                line = key.start_mark.line + 1
+                raise ConfigError(f"{source}:{line}: expected text as key, got a list or a map")
             place = (*path, key.value)
             if place in lines:
                 raise ConfigError(
@@ -269,6 +293,12 @@ class Recipe(Strict):
     label_smoothing: float = Field(0.0, ge=0, lt=1)
     augment: Literal["none", "crop_flip"] = "none"
     max_grad_norm: float | None = Field(None, gt=0)
+
+
+DEFAULT_RECIPE = Recipe(
+    epochs=10, optimizer="adamw", lr=1e-3, weight_decay=0.01, batch_size=64, schedule="cosine"
+)
+"""For a backbone and data set that bring none: trains most architectures without tuning."""
 
 
 class DataInfo(Strict):

@@ -1,1 +1,1 @@
-"""How records become a board: numbers, standings, tables and a plot; `leaderboard.py` shows them."""
+"""How records become a board: numbers, standings, tables, a plot; `leaderboard.py` shows them."""

@@ -156,9 +156,11 @@ def _overlap(a: Box, b: Box) -> float:
 def text(board: Standings, width: int = 60, height: int = 15) -> str:
     """Return the scatter as text, one letter per entry and a legend.
 
-    Entries that share a cell show as `*`.
+    Entries that share a cell show as `*`; without any scored entry one line says so.
     """
     marks = points(board)
+    if not marks:
+        return "no entry has a score yet, so there is nothing to plot"
     cells = [[" "] * width for _ in range(height)]
     lines = []
     for i, (entry, _, x, y) in enumerate(marks):

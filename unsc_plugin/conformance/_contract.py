@@ -13,11 +13,11 @@ import torch
 import yaml
 from torch import Tensor
 
-from unsc_plugin.conformance._toys import soft_weights, split
-from unsc_plugin.conformance._trial import Trial, expect, fault, skip
+from unsc_plugin.conformance._toys import problem, soft_weights, split
+from unsc_plugin.conformance._trial import PREFERRED, Trial, expect, fault, skip
 from unsc_plugin.errors import ConfigError, WeightsNotSupported
 from unsc_plugin.method import UnlearningMethod, Weights, build_config
-from unsc_plugin.spec import MethodEntry, Scenario, Split
+from unsc_plugin.spec import MethodEntry, Scenario
 
 State = dict[str, Tensor]
 
@@ -110,11 +110,11 @@ def identities(trial: Trial) -> str:
 def weights(trial: Trial) -> str:
     """ε in {−1, 0} is the set form to the bit; soft ε changes the result, or is refused."""
     hard_equals_sets(trial)
-    case = trial.case()
-    soft_scenario = Scenario.WEIGHTED if Scenario.WEIGHTED in trial.kind.scenarios else None
-    scenario = soft_scenario or trial.scenario
+    accepted = Scenario.WEIGHTED in trial.kind.scenarios
+    scenario = Scenario.WEIGHTED if accepted else trial.scenario
+    rows = problem(trial.home).train
     light, heavy = (
-        trial.case(scenario=scenario, weights=soft_weights(case.problem.train, strength))
+        trial.case(scenario=scenario, weights=soft_weights(rows, strength))
         for strength in (0.3, 0.8)
     )
     if not trial.kind.supports_weights:
@@ -131,11 +131,10 @@ def weights(trial: Trial) -> str:
 
 def hard_equals_sets(trial: Trial) -> None:
     """Compare a run on sets with the run on their ε."""
-    rows = trial.case().problem.train
-    scenario = next((s for s in trial.kind.scenarios if s is not Scenario.WEIGHTED), None)
-    scenario = trial.scenario if trial.scenario is not Scenario.WEIGHTED else scenario
-    if scenario is None:
+    by_set = [s for s in PREFERRED if s in trial.kind.scenarios and s is not Scenario.WEIGHTED]
+    if not by_set:
         return
+    scenario, rows = by_set[0], problem(trial.home).train
     positions = split(rows, scenario)
     if scenario is Scenario.CLASS:
         rows = rows.subset(torch.cat(positions).sort().values)
@@ -177,8 +176,3 @@ def _public_method(item: Any, module: str) -> bool:
         and item.__module__ == module
         and not item.__name__.startswith("_")
     )
-
-
-def reads_forget(trial: Trial) -> bool:
-    """Return whether the method declares the forget set."""
-    return Split.FORGET in trial.kind.needs

@@ -25,7 +25,9 @@ from unsc_plugin.conformance._trial import SEED, Trial, fault, skip, trial_of
 from unsc_plugin.errors import UnscError
 from unsc_plugin.registry import load
 
-PATIENCE = 120.0
+PATIENCE = 60.0
+SLOW_IMPORTS = ("torch._dynamo",)
+"""What a first optimiser imports; the server does it once for all children."""
 
 
 @dataclass(frozen=True)
@@ -81,14 +83,7 @@ def states(
 ) -> Outcomes:
     """Run the method on the request of `net` in `world` processes and return what each has."""
     orders = [
-        Order(
-            _reference(trial),
-            net,
-            trial.seed,
-            precision,
-            hide_gpu,
-            environment,
-        )
+        Order(_reference(trial), net, trial.seed, precision, hide_gpu, environment)
         for environment in _environments(world, hide_gpu)
     ]
     # A server that is forked from, not this process: its threads and CUDA state stay out of it.
@@ -96,7 +91,7 @@ def states(
     start = "forkserver" if "forkserver" in methods else "spawn"
     context: Any = multiprocessing.get_context(start)
     if start == "forkserver":
-        context.set_forkserver_preload([__name__])
+        context.set_forkserver_preload([__name__, *SLOW_IMPORTS])
     links = [context.Pipe(duplex=False) for _ in orders]
     children = [
         context.Process(target=_child, args=(order, send), daemon=True)

@@ -14,14 +14,14 @@ from torch.nn import functional
 
 from unsc_plugin import engine
 from unsc_plugin.conformance import _processes as processes_
-from unsc_plugin.conformance._contract import reads_forget, same
+from unsc_plugin.conformance._contract import same
 from unsc_plugin.conformance._nets import journal
 from unsc_plugin.conformance._toys import BATCH, NETS, Case, problem, split
 from unsc_plugin.conformance._trial import SEED, Run, Trial, expect, fault, skip
 from unsc_plugin.errors import ForgetSetError, NotApplicable
 from unsc_plugin.rows import Rows
 from unsc_plugin.runtime import first_non_finite
-from unsc_plugin.spec import Scenario, Split
+from unsc_plugin.spec import Split
 
 DATA_DOORS = {
     "unsc_plugin.data": ("load",),
@@ -38,17 +38,21 @@ def access(trial: Trial) -> str:
     run, seen, _ = _watched(trial)
     forget, retain = (set(part.tolist()) for part in split(run.case.problem.train, trial.scenario))
     owned = {Split.FORGET: forget, Split.RETAIN: retain}
-    for name, rows in owned.items():
-        if name not in trial.kind.needs:
-            expect(not seen & rows, f"rows of {name} are read, which is not in `needs`")
-        else:
-            expect(run.result.read.get(name, 0) > 0, f"{name} is in `needs`, but never read")
+    undeclared = [name for name in owned if name not in trial.kind.needs and seen & owned[name]]
+    expect(not undeclared, f"rows of {', '.join(undeclared)} are read: not in `needs`")
+    unread = [n for n in owned if n in trial.kind.needs and not run.result.read.get(n)]
+    expect(not unread, f"{', '.join(unread)} is in `needs`, but never read")
     strange = seen - forget - retain
     expect(not strange, f"{len(strange)} rows are read that are in no split")
     if reads_forget(trial):
         lacking = forget - seen if forget & seen else set()
         expect(not lacking, f"{len(lacking)} of {len(forget)} forget rows are never read")
     return ", ".join(f"{name}: {run.result.read.get(name, 0)} rows" for name in owned)
+
+
+def reads_forget(trial: Trial) -> bool:
+    """Return whether the method declares the forget set."""
+    return Split.FORGET in trial.kind.needs
 
 
 def no_test(trial: Trial) -> str:
@@ -66,13 +70,10 @@ def _watched(trial: Trial) -> tuple[Run, set[int], set[int]]:
 
     Both are views of sets with every row of the problem, so that reading past the task shows.
     """
-    chosen = trial.case().problem
-    scenario = trial.scenario
-    if scenario is Scenario.WEIGHTED:
-        scenario = Scenario.RANDOM
+    chosen = problem(trial.home)
     train, seen = _noting(chosen.train)
     val, seen_val = _noting(chosen.val)
-    case = trial.case(train=train, val=val, positions=split(train, scenario))
+    case = trial.case(train=train, val=val, positions=split(train, trial.scenario))
     return trial.run(case), seen, seen_val
 
 
@@ -93,14 +94,18 @@ def _closed_doors() -> Iterator[None]:
     def refuse(*_: Any, **__: Any) -> None:
         fault("a data set is opened past the task; use task.loader and task.rows")
 
+    modules: dict[str, Any] = sys.modules
+    absent = [name for name in DATA_DOORS if name not in modules]
     with contextlib.ExitStack() as stack:
-        for module, names in DATA_DOORS.items():
-            if module in sys.modules:
-                for name in names:
-                    stack.enter_context(mock.patch.object(sys.modules[module], name, refuse))
-            else:
-                stack.enter_context(mock.patch.dict(sys.modules, {module: None}))
-        yield
+        for module in DATA_DOORS.keys() - absent:
+            for name in DATA_DOORS[module]:
+                stack.enter_context(mock.patch.object(modules[module], name, refuse))
+        modules |= dict.fromkeys(absent)  # None there makes an import fail
+        try:
+            yield
+        finally:
+            for module in absent:
+                del modules[module]
 
 
 # --------------------------------------------------------------------------- kinds of requests
@@ -120,8 +125,7 @@ def edges(trial: Trial) -> str:
 
 
 def _positions(trial: Trial, size: int) -> tuple[Tensor, Tensor]:
-    scenario = Scenario.RANDOM if trial.scenario is Scenario.WEIGHTED else trial.scenario
-    return split(problem(trial.home).train, scenario, size)
+    return split(problem(trial.home).train, trial.scenario, size)
 
 
 def _complete(trial: Trial, what: str, **case: Any) -> None:
@@ -133,9 +137,9 @@ def _complete(trial: Trial, what: str, **case: Any) -> None:
 
 
 def _refuses_nothing(trial: Trial) -> None:
-    case = trial.case(positions=_positions(trial, 0))
     with journal() as book:
         try:
+            case = trial.case(positions=_positions(trial, 0))
             trial.method().unlearn(case.model, case.task, SEED)
         except ForgetSetError:
             expect(not book.work, "an empty forget set is refused only after forward passes")
@@ -155,14 +159,11 @@ def architectures(trial: Trial) -> str:
     """Every toy backbone: the method runs, or says NotApplicable before it changes anything."""
     found = []
     for net in NETS[:2] if trial.quick else NETS:
-        case = trial.case(net)
-        try:
-            trial.method().prepared(case.model, case.task, SEED)
-        except NotApplicable:
+        if trial.refuses(net) is not None:
             found.append(f"{net}: not applicable")
             continue
         try:
-            run = trial.run(case)
+            run = trial.run(trial.case(net))
         except NotApplicable:
             fault(f"{net}: NotApplicable from run(); raise it in prepare()")
         except Exception as error:
@@ -200,12 +201,10 @@ def processes(trial: Trial) -> str:
         skip("skipped in quick mode")
     if trial.device != "cpu":
         skip("compared on the CPU")
-    case = trial.case("mlp")
-    try:
-        trial.method().prepared(case.model, case.task, SEED)
-    except NotApplicable as error:
-        skip(f"not applicable to a net without normalisation: {error}")
-    one = trial.run(case)
+    reason = trial.refuses("mlp")
+    if reason is not None:
+        skip(f"not applicable to a net without normalisation: {reason}")
+    one = trial.run(trial.case("mlp"))
     two = processes_.states(trial, "mlp", 2)
     tolerance = 1e-4 if one.journal.optimizer_steps else 1e-5
     for rank, state in enumerate(two.states):
@@ -221,7 +220,7 @@ def direction(trial: Trial) -> str:
     """On the toy, mean cross-entropy on the forget set is higher afterwards than before."""
     if trial.kind.identity:
         skip("declared identity")
-    run = trial.learned
+    run = _converged(trial)
     before, after = (_loss(run.case, model, Split.FORGET) for model in _models(run))
     expect(after > before, f"the forget loss went from {before:.4f} to {after:.4f}; it must rise")
     return f"forget loss {before:.4f} -> {after:.4f}"
@@ -231,10 +230,16 @@ def utility(trial: Trial) -> str:
     """On the toy, accuracy on the retain set stays above half of the original's."""
     if trial.control:
         skip("a control")
-    run = trial.learned
+    run = _converged(trial)
     before, after = (_accuracy(run.case, model) for model in _models(run))
     expect(after >= before / 2, f"accuracy on the retain set fell from {before:.2f} to {after:.2f}")
     return f"retain accuracy {before:.2f} -> {after:.2f}"
+
+
+def _converged(trial: Trial) -> Run:
+    result = trial.learned.result
+    expect(result.status != "diverged", f"diverged on the toy: {result.reason}")
+    return trial.learned
 
 
 def _models(run: Run) -> tuple[Any, Any]:

@@ -82,7 +82,7 @@ def _images(labels: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
 
 
 def _tables(labels: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
-    centres = 1.2 * torch.randn(int(labels.max()) + 1, COLUMNS, generator=generator)
+    centres = 0.8 * torch.randn(int(labels.max()) + 1, COLUMNS, generator=generator)
     return {"features": centres[labels] + torch.randn(len(labels), COLUMNS, generator=generator)}
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NoReturn
@@ -12,6 +13,7 @@ import torch
 from torch import nn
 
 from unsc_plugin import engine
+from unsc_plugin.conformance._globals import differences, torch_state
 from unsc_plugin.conformance._nets import Journal, journal
 from unsc_plugin.conformance._toys import (
     FULL,
@@ -89,7 +91,8 @@ class Trial:
     """A method under test: its class, where it is registered, and where it is tried.
 
     `defaults` are settings of its registry entry, `preset` those of the tag in its name; `control`
-    says that it is not meant to be of use; `source` is what :func:`check_method` was given.
+    says that it is not meant to be of use; `source` is what :func:`check_method` was given;
+    `disturbed` names the global state that some run did not put back.
     """
 
     kind: type[UnlearningMethod]
@@ -102,6 +105,7 @@ class Trial:
     device: str = "cpu"
     seed: int = 0
     quick: bool = False
+    disturbed: set[str] = field(default_factory=set)
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -127,14 +131,31 @@ class Trial:
         """The first toy backbone that the method is applicable to."""
         reasons = []
         for net in NETS:
-            case = self.case(net)
-            try:
-                self.method().prepared(case.model, case.task, SEED)
-            except NotApplicable as error:
-                reasons.append(f"{net}: {error}")
-            else:
+            reason = self.refuses(net)
+            if reason is None:
                 return net
+            reasons.append(f"{net}: {reason}")
         fault("not applicable to any backbone: " + "; ".join(reasons))
+
+    def refuses(self, net: Net) -> str | None:
+        """Return why the method is not applicable to a toy backbone, None if it is."""
+        case = self.case(net)
+        method = self.method()
+        try:
+            with self._watched():
+                method.prepared(case.model, case.task, SEED)
+        except NotApplicable as error:
+            return str(error)
+        return None
+
+    @contextlib.contextmanager
+    def _watched(self) -> Iterator[None]:
+        """Note every global state that the body does not put back; the first call shows most."""
+        before = torch_state()
+        try:
+            yield
+        finally:
+            self.disturbed |= {*differences(before, torch_state())}
 
     def case(
         self, net: Net | None = None, *, num_classes: int = 3, dead_stem: bool = False, **more: Any
@@ -154,7 +175,7 @@ class Trial:
         """Run the method on a case and record what happens."""
         case = case or self.case()
         method = method or self.method()
-        with journal() as book:
+        with journal() as book, self._watched():
             result = method.unlearn(case.model, case.task, self.seed + seed)
         return Run(case, result, book)
 
@@ -165,10 +186,12 @@ class Trial:
 
     @cached_property
     def learned(self) -> Run:
-        """A run with the full recipe, on a whole class where the method accepts that."""
-        by_class = Scenario.CLASS in self.kind.scenarios
-        scenario = Scenario.CLASS if by_class else self.scenario
-        return self.run(self.case(recipe=FULL, scenario=scenario))
+        """A run with the full recipe, without BatchNorm where the method accepts that.
+
+        Running statistics that follow other data move the forget loss either way.
+        """
+        net: Net = "mlp" if self.refuses("mlp") is None else self.home
+        return self.run(self.case(net, recipe=FULL))
 
 
 # --------------------------------------------------------------------------- finding the method

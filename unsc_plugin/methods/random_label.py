@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from unsc_plugin import engine
 from unsc_plugin.errors import NotApplicable
 from unsc_plugin.method import (
-    Batch,
     Loader,
+    Rows,
     Scenario,
     Split,
     TrainingConfig,
@@ -25,9 +25,10 @@ from unsc_plugin.method import (
 class RandomLabel(UnlearningMethod):
     """Per epoch: a pass over D_f on CE to labels y' ~ U{0..K−1}, then a pass over D_r on CE_r.
 
-    Labels are drawn anew for every batch; `exclude_true` draws among the K − 1 others. Weighted:
+    Labels are drawn anew for every pass over all of D_f, so that the number of processes changes
+    nothing; `exclude_true` draws among the K − 1 others. Weighted:
     the forget pass weighs r = max(−ε, 0), the retain pass a = max(1 + ε, 0). `order="mixed"`
-    shuffles both into one stream with labels drawn once per epoch. Graves et al. (AAAI 2021) call
+    shuffles both into one stream. Graves et al. (AAAI 2021) call
     their relabelling amnesiac; Fan et al., *SalUn* (ICLR 2024, arXiv 2310.12508), use this form.
     Forget passes leave BatchNorm's running statistics alone; mixed batches move them.
     `random_label.paper`: learning rate 0.013, 10 epochs, moving statistics (SalUn's README).
@@ -74,36 +75,46 @@ class RandomLabel(UnlearningMethod):
         engine.fit_config(
             model,
             task,
-            [self._mixed(task)] if config.order == "mixed" else self._in_turn(task),
+            self._mixed(task) if config.order == "mixed" else self._in_turn(task),
             config,
             epochs=config.passes_for(task.recipe, 1 + share),
         )
         return model
 
     def _in_turn(self, task: UnlearningTask) -> list[engine.Stage]:
+        forget = task.rows("forget")
         retain = task.loader("retain", batch_size=self.config.batch_size)
-        forget = task.loader("forget", batch_size=self.config.batch_size)
-
-        def on_random(model: nn.Module, batch: Batch) -> Tensor:
-            drawn = self._draw(batch.labels.cpu(), task).to(batch.labels.device)
-            return engine.cross_entropy(model, batch, drawn)
-
         statistics: Literal["move", "keep"] = "move" if self.config.move_statistics else "keep"
         return [
-            engine.Stage(forget, on_random, statistics=statistics),
+            self._relabelled(task, forget, None, "forget", statistics),
             engine.Stage(retain, engine.cross_entropy),
         ]
 
-    def _mixed(self, task: UnlearningTask) -> engine.Stage:
-        forget, retain = task.rows("forget"), task.rows("retain")
+    def _mixed(self, task: UnlearningTask) -> list[engine.Stage]:
+        return [self._relabelled(task, task.rows("forget"), task.rows("retain"), "mixed", "move")]
+
+    def _relabelled(
+        self,
+        task: UnlearningTask,
+        forget: Rows,
+        beside: Rows | None,
+        name: str,
+        statistics: Literal["move", "keep"],
+    ) -> engine.Stage:
+        """Return a pass over D_f with labels drawn anew, merged with the rows `beside` it."""
 
         def loader() -> Loader:
-            relabelled = forget.relabelled(self._draw(forget.labels, task))
-            both = relabelled.merged(retain)
-            return task.loader_over(both, "mixed", batch_size=self.config.batch_size)
+            rows = forget.relabelled(self._draw(forget.labels, task))
+            rows = rows if beside is None else rows.merged(beside)
+            return task.loader_over(rows, name, batch_size=self.config.batch_size)
 
+        count = len(forget) + (0 if beside is None else len(beside))
+        steps = -(-count // (self.config.batch_size or task.recipe.batch_size))
         return engine.Stage(
-            lambda epoch: loader().epoch(epoch), engine.cross_entropy, steps=len(loader())
+            lambda epoch: loader().epoch(epoch),
+            engine.cross_entropy,
+            statistics=statistics,
+            steps=steps,
         )
 
     def _draw(self, labels: Tensor, task: UnlearningTask) -> Tensor:

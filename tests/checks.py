@@ -1,0 +1,30 @@
+"""The conformance suite over everything that is registered, for `test_conformance.py`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from unsc_plugin.conformance import check_method
+from unsc_plugin.registry import load
+from unsc_plugin.spec import MethodEntry
+
+
+def entry(name: str) -> MethodEntry:
+    found = load().methods[name].entry
+    assert isinstance(found, MethodEntry)
+    return found
+
+
+METHODS = sorted(load().methods)
+PRESETS = [
+    f"{name}.{tag}"
+    for name in METHODS
+    for tag, preset in entry(name).presets.items()
+    if preset.source != "control"
+]
+"""Presets that are meant to unlearn; a control may collapse, that is what it is for."""
+
+
+def failures(method: Any, **options: Any) -> dict[str, str]:
+    """Return what each failed check says."""
+    return {r.id: r.detail for r in check_method(method, **options) if not r.passed}

@@ -1,0 +1,1 @@
+"""What the command line is made of: state and streams, options, arguments, progress, views."""

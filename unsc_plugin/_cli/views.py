@@ -1,0 +1,370 @@
+"""What the command line shows: lists, entries, methods, records and numbers, as tables."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from rich import box
+from rich.table import Table
+from rich.text import Text
+
+from unsc_plugin._cli.console import line, show
+
+if TYPE_CHECKING:
+    from unsc_plugin.evaluation import Evaluation
+    from unsc_plugin.record import Record
+    from unsc_plugin.registry import Named, Registry
+
+ABSENT = "–"
+BETTER = {"up": "higher", "down": "lower", "retrain": "as retrained", "zero": "0"}
+DIGITS = {"pp": 2, "s": 2, "bytes": 0, "sample passes": 0}
+KINDS = {
+    "backbones": "backbone",
+    "datasets": "data set",
+    "forget_sets": "forget set",
+}
+REQUESTS = {
+    "class": "--forget class:3",
+    "random": "--forget random:0.1",
+    "weighted": "--forget random:0.1",
+    "sequential": "--forget sequence:random:30x4",
+    "subclass": "--data trec --forget 'subclass:fine_label=NUM:date'",
+    "correction": "--data digits-noisy --forget digits-noisy/mislabelled",
+}
+"""A forget set of every scenario, the commonest first: what an example is written with."""
+
+
+def grid(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
+    """Return a table of plain texts; columns named `>name` hold numbers."""
+    table = Table(title=title or None, box=box.SIMPLE_HEAD, pad_edge=False, title_justify="left")
+    for column in columns:
+        number = column.startswith(">")
+        table.add_column(
+            column.removeprefix(">"), justify="right" if number else "left", overflow="fold"
+        )
+    for row in rows:
+        table.add_row(*(Text(cell) for cell in row))
+    return table
+
+
+def pairs(title: str, tree: Mapping[str, Any]) -> Table:
+    """Return a two-column table; a map inside becomes one line per key, absent values go."""
+    rows = [(key, _lines(value)) for key, value in tree.items() if value not in (None, {}, [], "")]
+    table = grid(title, ("", ""), rows)
+    table.show_header = False
+    return table
+
+
+def _lines(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return "\n".join(f"{key}: {_plain(item)}" for key, item in value.items())
+    return _plain(value)
+
+
+def _plain(value: Any) -> str:
+    """Return a value as `--set` takes it: null, true, numbers with up to six digits, text bare."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    return json.dumps(value, default=str, ensure_ascii=False)
+
+
+# --------------------------------------------------------------------------- lists
+
+
+def list_rows(registry: Registry, what: str) -> list[dict[str, str]]:
+    """Return one row per name of a list, unavailable and broken ones included."""
+    if what == "metrics":
+        return _metric_rows()
+    if what == "boards":
+        return _board_rows()
+    named = [*getattr(registry, what.replace("-", "_")).values()]
+    if what == "methods":
+        named += registry.broken
+    return [
+        _row(one.name, one.origin, _about(one), one.status, one.reason)
+        for one in sorted(named, key=lambda one: one.name)
+    ]
+
+
+def _row(
+    name: str, origin: str, summary: str, status: str = "ok", reason: str = ""
+) -> dict[str, str]:
+    return {
+        "name": name, "origin": origin, "status": status, "reason": reason, "summary": summary,
+    }  # fmt: skip
+
+
+def _about(named: Named) -> str:
+    """Return the summary, or what the entry says of itself."""
+    entry: Any = named.entry
+    if entry is None:
+        return ""
+    if named.summary or named.kind == "methods":
+        return named.summary
+    if named.kind == "backbones":
+        return f"{entry.source}:{entry.id}"
+    if named.kind == "datasets":
+        return str(entry.path or entry.id)
+    fields = entry.model_dump(mode="json", exclude_defaults=True, exclude={"kind", "data"})
+    return ", ".join([entry.kind, *(f"{key} {_plain(value)}" for key, value in fields.items())])
+
+
+def _metric_rows() -> list[dict[str, str]]:
+    from unsc_plugin.metrics import METRICS
+
+    return [
+        {
+            **_row(spec.name, "built-in", spec.summary),
+            "unit": spec.unit,
+            "better": BETTER[spec.direction],
+        }
+        for spec in METRICS.values()
+    ]
+
+
+def _board_rows() -> list[dict[str, str]]:
+    from unsc_plugin import bench
+    from unsc_plugin.errors import UnscError
+
+    rows = []
+    for name in bench.names():
+        try:
+            title, status, reason = bench.open_board(name).spec.title, "ok", ""
+        except UnscError as error:
+            title, status, reason = "", "broken", str(error).splitlines()[0]
+        rows.append(_row(name, f"benchmarks/{name}", title, status, reason))
+    return rows
+
+
+def show_list(what: str, rows: Sequence[Mapping[str, str]]) -> None:
+    """Print the rows of a list."""
+    if what == "metrics":
+        columns = ("name", "unit", "better", "summary")
+        cells = [[row[column] for column in columns] for row in rows]
+    else:
+        columns = ("name", "origin", "status", "summary")
+        cells = [
+            [row["name"], row["origin"], _status(row["status"], row["reason"]), row["summary"]]
+            for row in rows
+        ]
+    show(grid(what, columns, cells))
+
+
+def _status(status: str, reason: str) -> str:
+    return f"{status}: {reason}" if reason else status
+
+
+# --------------------------------------------------------------------------- one name
+
+
+def entry_tree(named: Named) -> dict[str, Any]:
+    """Return what is known of a backbone, a data set or a forget set."""
+    assert named.entry is not None
+    return {
+        "kind": KINDS[named.kind],
+        "name": named.name,
+        "origin": named.origin,
+        "status": named.status,
+        "reason": named.reason,
+        "entry": named.entry.model_dump(mode="json", exclude_defaults=True),
+    }
+
+
+def show_entry(tree: Mapping[str, Any]) -> None:
+    """Print a backbone, a data set or a forget set."""
+    status = _status(tree["status"], tree["reason"])
+    head = {"what": tree["kind"], "origin": tree["origin"], "status": status}
+    show(pairs(tree["name"], {**head, **tree["entry"]}))
+
+
+def metric_tree(name: str) -> dict[str, Any] | None:
+    """Return what is known of a metric; None if there is none of that name."""
+    import dataclasses
+
+    from unsc_plugin.metrics import METRICS
+
+    if name not in METRICS:
+        return None
+    spec = METRICS[name]
+    return {
+        "what": "metric",
+        **dataclasses.asdict(spec),
+        "better": BETTER[spec.direction],
+    }
+
+
+def show_metric(tree: Mapping[str, Any]) -> None:
+    """Print what a metric means."""
+    shown = {key: tree[key] for key in ("what", "summary", "unit", "better", "tier")}
+    lists = {key: ", ".join(tree[key]) for key in ("needs", "kinds")}
+    show(pairs(tree["name"], {**shown, **lists}))
+
+
+def method_tree(registry: Registry, name: str) -> dict[str, Any]:
+    """Return the entry of a method, its settings with their values, its presets, an example."""
+    from unsc_plugin.registry import config_table
+
+    named, tag = registry.method(name)
+    kind = registry.method_class(name)
+    entry: Any = named.entry
+    chosen = vars(registry.create(name).config)
+    flags = REQUESTS[min(entry.scenarios, key=list(REQUESTS).index)]
+    plugins = "".join(f" --plugin {plugin}" for plugin in registry.plugins)
+    return {
+        "name": named.name,
+        "preset": tag,
+        "origin": named.origin,
+        "about": inspect.cleandoc(kind.__doc__ or ""),
+        "entry": entry.model_dump(mode="json", exclude_defaults=True),
+        "settings": [{**row, "value": chosen[row["name"]]} for row in config_table(kind)],
+        "config": chosen,
+        "presets": {key: preset.args for key, preset in entry.presets.items()},
+        "example": f"unsc run {name} {flags}{plugins}",
+    }
+
+
+def show_method(tree: Mapping[str, Any]) -> None:
+    """Print a method."""
+    entry = tree["entry"]
+    tag = f".{tree['preset']}" if tree["preset"] else ""
+    line(f"{tree['name']}{tag} ({tree['origin']}): {entry['summary']}\n\n{tree['about']}\n")
+    if tree["settings"]:
+        columns = ("setting", "type", ">value", ">default", "meaning")
+        rows = [
+            (row["name"], row["type"], _plain(row["value"]), _plain(row["default"]), row["meaning"])
+            for row in tree["settings"]
+        ]
+        show(grid("", columns, rows))
+    presets = entry.get("presets", {})
+    facts = {
+        "needs": ", ".join(entry["needs"]) or "no data",
+        "scenarios": ", ".join(entry["scenarios"]),
+        "paper": _cited(entry.get("paper")),
+        "also called": _args(entry.get("aliases") or entry.get("known_as") or {}),
+        "requires": ", ".join(entry.get("requires", ())),
+        **{
+            f"{tree['name']}.{key}": f"{_args(preset.get('args', {}))} ({preset['source']})"
+            for key, preset in presets.items()
+        },
+        "example": tree["example"],
+    }
+    for key, fact in facts.items():
+        if fact:
+            line(f"{key}: {fact}")
+
+
+def _args(tree: Mapping[str, Any]) -> str:
+    return " ".join(f"{key}={_plain(value)}" for key, value in tree.items())
+
+
+def _cited(paper: Mapping[str, Any] | None) -> str:
+    if not paper:
+        return ""
+    marks = [f"arXiv {paper['arxiv']}" if paper.get("arxiv") else "", paper.get("doi") or ""]
+    where = "".join(f", {mark}" for mark in (*marks, paper.get("repo") or "") if mark)
+    return f"{paper['title']} ({paper['year']}{where})"
+
+
+# --------------------------------------------------------------------------- records
+
+
+def show_record(found: Record) -> None:
+    """Print the receipt of a run and its numbers."""
+    recipe, forget = found.experiment.get("recipe"), found.experiment.get("forget")
+    environment = {k: v for k, v in found.environment.items() if k != "versions"}
+    versions = found.environment.get("versions", {})
+    receipt = {
+        "status": _status(found.status, found.reason or ""),
+        "unit": f"{found.scenario}, {found.unit}",
+        "data": found.experiment.get("data"),
+        "model": found.experiment.get("model"),
+        "forget": _args(forget) if isinstance(forget, dict) else forget,
+        "recipe": _args(recipe) if isinstance(recipe, dict) else recipe,
+        "config": _args(found.config),
+        "seed": f"{found.experiment.get('seed')} (the method's own: {found.seed})",
+        "hashes": {key: value[:16] for key, value in found.hashes.items()},
+        "retrained": ", ".join(value[:16] for value in found.reference_hashes),
+        "cost": _args(found.cost),
+        "environment": _args(environment),
+        "versions": " ".join(f"{key} {value}" for key, value in versions.items()),
+        "commit": found.commit,
+        "created": found.created,
+        "command": found.command,
+    }
+    show(pairs(found.entry, receipt))
+    show_numbers(found, None)
+
+
+def show_numbers(found: Record, original: Evaluation | None) -> None:
+    """Print the metrics of a run beside those of the original and the retrained models."""
+    from unsc_plugin import run
+    from unsc_plugin.metrics import METRICS
+
+    order = {name: place for place, name in enumerate(METRICS)}
+    rows = []
+    for name, *numbers in sorted(
+        run.comparison(found, original), key=lambda row: order.get(row[0], len(order))
+    ):
+        spec = METRICS.get(name)
+        unit = spec.unit if spec else ""
+        cells = [_number(value, unit, sign=i == 3) for i, value in enumerate(numbers)]
+        rows.append((name, *cells, BETTER[spec.direction] if spec else "", unit))
+    columns = ["metric", ">original", ">unlearned", ">retrained", ">gap", "better", "unit"]
+    if original is None:
+        columns.pop(1)
+        rows = [(row[0], *row[2:]) for row in rows]
+    experiment = found.experiment
+    title = f"{found.entry} on {experiment.get('data')} with {experiment.get('model')}"
+    if rows:
+        show(grid(title, columns, rows))
+    reasons: dict[str, list[str]] = {}
+    for name, reason in found.missing.items():
+        reasons.setdefault(reason, []).append(name)
+    for reason, names in reasons.items():
+        line(f"not measured: {', '.join(names)}: {reason}")
+
+
+def _number(value: float | None, unit: str, sign: bool = False) -> str:
+    if value is None:
+        return ABSENT
+    digits = DIGITS.get(unit, 4)
+    return f"{value:+.{digits}f}" if sign else f"{value:.{digits}f}"
+
+
+def show_run(found: Record, original: Evaluation | None, folder: Any) -> None:
+    """Print the numbers of a finished run, what it cost and where it lies."""
+    show_numbers(found, original)
+    spent = found.cost.get("seconds_prepare", 0.0) + found.cost.get("seconds_unlearn", 0.0)
+    ratio = found.cost.get("work_ratio")
+    of = "" if ratio is None else f", {ratio:.3f} of retraining's work"
+    line(f"gap: unlearned minus retrained; unlearning took {spent:.2f} s{of}")
+    line(f"written to {folder}")
+
+
+# --------------------------------------------------------------------------- boards
+
+
+def show_plan(tree: Mapping[str, Any]) -> None:
+    """Print what a board would run."""
+    seconds = tree["unlearning_seconds_estimate"]
+    time = "unknown (no finished unit yet)" if seconds is None else f"about {seconds:.0f} s"
+    line(
+        f"{tree['board']}: {tree['units']} units, {tree['finished']} finished, "
+        f"{len(tree['to_run'])} to run; at most {tree['trainings_at_most']} trainings of originals "
+        f"and retrained models; unlearning time {time}"
+    )
+    for label in tree["to_run"]:
+        line(f"  {label}")
+
+
+def show_mismatches(checked: int, mismatches: Sequence[Any]) -> None:
+    """Print what a verification found."""
+    if mismatches:
+        rows = [(one.unit, one.what, one.stored, one.found) for one in mismatches]
+        show(grid("mismatches", ("unit", "what", ">stored", ">found"), rows))
+    line(f"{checked} records checked, {len(mismatches)} mismatches")
