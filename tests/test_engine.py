@@ -529,9 +529,11 @@ WORKER = textwrap.dedent(
         recipe = Recipe(epochs=2, lr=0.1, weight_decay=0.1, batch_size=7)
         engine.train(spare, tabular(22), recipe, seed=0, device=device)
         found["spare"] = spare.state_dict()
-        normed = build(Normed, 2)
-        engine.train(normed, tabular(22), recipe, seed=0, device=device)
-        found["normed"] = state_sha256(normed)
+        for size in (7, 3):  # of 3 rows one process gets 2 and the other 1
+            normed = build(Normed, 2)
+            sized = recipe.model_copy(update={"batch_size": size})
+            engine.train(normed, tabular(22), sized, seed=0, device=device)
+            found[f"normed {size}"] = state_sha256(normed)
         alone = build(Mlp, 2)
         engine.train(alone, tabular(22), recipe, seed=0)
         found["no device"] = alone.state_dict()
@@ -628,8 +630,9 @@ def test_two_processes_leave_unused_parameters_alone_as_one(
         assert float((alone - first).abs().max()) < 1e-5
 
 
-def test_two_processes_end_with_one_model(processes: list[dict[str, Any]]) -> None:
-    assert processes[1]["normed"] == processes[2]["normed"]
+@pytest.mark.parametrize("size", [7, 3])
+def test_two_processes_end_with_one_model(processes: list[dict[str, Any]], size: int) -> None:
+    assert processes[1][f"normed {size}"] == processes[2][f"normed {size}"]
 
 
 def test_two_processes_without_an_accelerator_given(processes: list[dict[str, Any]]) -> None:

@@ -102,7 +102,8 @@ def list_(
     if state.as_json:
         emit(shown)
     else:
-        views.show_list(what, shown)
+        if shown:
+            views.show_list(what, shown)
         _say_what_is_not_shown(what, len(rows) - len(shown), len(rows))
     if strict and registry.broken:
         raise typer.Exit(1)
@@ -152,9 +153,11 @@ def _method_tree(registry: Registry, name: str) -> dict[str, Any]:
         return views.method_tree(registry, name)
     except UnknownName as error:
         from unsc_plugin.metrics import METRICS
+        from unsc_plugin.registry import SYNONYMS
 
         others = [one for kind in views.KINDS for one in getattr(registry, kind)]
-        if error.kind != "method" or not nearest(name, [*others, *METRICS]):
+        known = error.kind != "method" or name in SYNONYMS
+        if known or not nearest(name, [*others, *METRICS]):
             raise
         every = [*registry.methods, *others, *METRICS]
         raise UnknownName("name", name, every, "`unsc list` shows all names") from None
@@ -590,7 +593,7 @@ def main(words: Sequence[str] | None = None) -> NoReturn:
     except USAGE_ERROR as error:
         code = _usage(error)
     if code == INTERRUPTED:
-        complain("interrupted; finished units are kept")
+        complain("interrupted; trained models and finished units are kept")
     sys.stdout.flush()
     sys.exit(code)
 

@@ -287,8 +287,12 @@ def _backward(model: nn.Module, stage: Stage, item: Item, device: Any, micro_bat
         device.backward(value)
         total += float(value.detach())
     if device.num_processes > 1:
-        total = float(reduce_sum(torch.tensor(total, dtype=torch.float64), device))
+        total = float(reduce_sum(torch.tensor(total, dtype=_wide(device)), device))
     return total
+
+
+def _wide(device: Any) -> torch.dtype:
+    return torch.float32 if device.device.type == "mps" else torch.float64
 
 
 def _micro(item: Item, parts: int) -> Iterable[Item]:
@@ -307,8 +311,8 @@ def _mean_statistics(model: nn.Module, device: Any) -> None:
         return
     for module in _batch_norms(model):
         for buffer in module.buffers(recurse=False):
-            if buffer.is_floating_point():
-                buffer.copy_(reduce_sum(buffer, device) / device.num_processes)
+            mean = reduce_sum(buffer.float(), device) / device.num_processes
+            buffer.copy_(mean if buffer.is_floating_point() else mean.round())
 
 
 def sum_gradients(parameters: Sequence[nn.Parameter], device: Any) -> None:

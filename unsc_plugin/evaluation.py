@@ -10,10 +10,11 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -169,7 +170,7 @@ def _codes(splits: Splits, request: Request) -> tuple[np.ndarray, np.ndarray, Te
 # --------------------------------------------------------------------------- observing
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Outputs:
     """What a model does on a frame: logits float32 (rows, K) per split, and numbers of its own.
 
@@ -337,7 +338,8 @@ def evaluate(
 
     with threadpool_limits(1, "blas"):  # tiny problems: more BLAS threads only wait for each other
         own = single(subject, missing)
-        members = [single(member, {}) for member in pool]
+        asked = (id(frame), original_test_accuracy, mubench_method, frozenset(groups))
+        members = [_remembered(member, asked, frame, single) for member in pool]
     reference = {
         name: float(np.mean([member[name] for member in members]))
         for name in own
@@ -354,6 +356,21 @@ def evaluate(
         if name not in own:
             missing.setdefault(name, _reason(name, own, missing, bool(pool)))
     return Evaluation(_ordered(own), _ordered(reference), _ordered(spread), missing)
+
+
+_Single = Callable[[Outputs, dict[str, str]], dict[str, float]]
+_MEMBERS: WeakKeyDictionary[Outputs, dict[Hashable, tuple[Frame, dict[str, float]]]]
+_MEMBERS = WeakKeyDictionary()
+
+
+def _remembered(
+    member: Outputs, asked: Hashable, frame: Frame, single: _Single
+) -> dict[str, float]:
+    """Return the numbers of a pool member, computed once for all units of a draw."""
+    known = _MEMBERS.setdefault(member, {})
+    if asked not in known:
+        known[asked] = (frame, single(member, {}))  # the frame is kept: its id is in the key
+    return known[asked][1]
 
 
 def _expected(kind: str, groups: set[str]) -> list[str]:

@@ -297,11 +297,19 @@ class Context:
         spent = (
             (limit.steps is not None and self.steps >= limit.steps)
             or (limit.epochs is not None and self.epochs >= limit.epochs)
-            or (limit.seconds is not None and self.clock.seconds >= limit.seconds)
+            or (limit.seconds is not None and self._late(limit.seconds))
         )
         if spent:
             self.stop_reason = "budget"
         return spent
+
+    def _late(self, seconds: float) -> bool:
+        """Return whether any process is out of time, so that all stop at the same step."""
+        late = self.clock.seconds >= seconds
+        if self.accelerator is None or self.accelerator.num_processes == 1:
+            return late
+        flag = torch.tensor(float(late), device=self.device)
+        return bool(self.accelerator.reduce(flag, reduction="sum") > 0)
 
     def tick(self, loss: float) -> None:
         """Count one optimiser step.

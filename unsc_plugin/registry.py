@@ -151,7 +151,7 @@ class Registry:
         if held is not None and not tag:
             base, tag = held.name, held.aliases.get(base, "")
         if base not in self.methods:
-            self._raise_unknown(base)
+            self._raise_unknown(base or name)
         found = self.methods[base]
         if found.status == "unavailable":
             raise MissingOptional(f"method {base!r} is unavailable: {found.reason}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import os
 import platform
@@ -80,6 +81,7 @@ class Setting:
     mubench_original: str = "measured"
     _requests: dict[int, Request] = field(default_factory=dict)
     _frames: dict[int, Frame] = field(default_factory=dict)
+    _references: dict[int, list[tuple[Member, Outputs]]] = field(default_factory=dict)
 
     # -- the parts of a unit
 
@@ -133,7 +135,9 @@ class Setting:
         )
 
     def references(self, draw: int) -> list[tuple[Member, Outputs]]:
-        """Return the retrained pool R_A of a draw with its outputs."""
+        """Return the retrained pool R_A of a draw with its outputs, read once per draw."""
+        if draw in self._references:
+            return self._references[draw]
         rows, frame = self.splits.train.subset(self.request(draw).retain), self.frame(draw)
         found = []
         for j in range(self.evaluation.reference_pool):
@@ -143,6 +147,7 @@ class Setting:
             found.append(
                 (member, self.pool.outputs(member, frame, self.build, relearn_seed=relearn))
             )
+        self._references[draw] = found
         return found
 
     def task(self, request: Request, progress: Callable[[Progress], None] | None) -> UnlearningTask:
@@ -405,8 +410,7 @@ def _unlearn(
     progress = None if tell is None else (lambda told: tell(unit.entry.label, told))
     seed = derive(setting.seed, role, unit.draw, unit.train_seed)
     if not request.steps:
-        result = method.unlearn(original, setting.task(request, progress), seed)
-        return _over_processes(result, setting.pool.device)
+        return method.unlearn(original, setting.task(request, progress), seed)
     model, results = original, []
     for number, step in enumerate(request.steps):
         result = method.unlearn(
@@ -416,18 +420,7 @@ def _unlearn(
         if result.status == "diverged":
             break
         model = result.model
-    return _over_processes(_summed(results), setting.pool.device)
-
-
-def _over_processes(result: Result, device: Any) -> Result:
-    """Return the result with the work and the samples read of all processes, not of this one."""
-    where = torch.device("cpu") if device is None else device.device
-
-    def whole(count: int) -> int:
-        return int(engine.reduce_sum(torch.tensor(count, device=where), device))
-
-    read = {split: whole(count) for split, count in sorted(result.read.items())}
-    return dataclasses.replace(result, work=whole(result.work), read=read)
+    return _summed(results)
 
 
 def _summed(results: Sequence[Result]) -> Result:
@@ -516,6 +509,8 @@ def _record(
     if result and "mubench" in setting.groups and status == "ok":
         metrics["mubench.unlearn_time"] = result.seconds_prepare + result.seconds_unlearn
     hashes = hashes_of(setting, unit) if measured else {}
+    if measured and setting.reference is not None:
+        hashes["reference_file"] = hashlib.sha256(setting.reference.read_bytes()).hexdigest()
     if result:
         hashes["unlearned"] = state_sha256(result.model)
     role = "retrain" if named.name == "retrain" else "unlearn"

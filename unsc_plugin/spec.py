@@ -88,7 +88,8 @@ def derive(seed: int, role: str, *ids: int) -> int:
     """Return a seed that depends on the board seed, a role and integer ids only.
 
     `SeedSequence([seed, code(role), *ids]).generate_state(1)[0]`, `code` = the first four bytes of
-    the role's SHA-256, so that roles never share a stream.
+    the role's SHA-256, so that roles never share a stream. A role takes a fixed number of ids:
+    trailing zeros change nothing.
 
     >>> derive(0, "original", 1) == derive(0, "original", 1) != derive(0, "retrain", 1)
     True

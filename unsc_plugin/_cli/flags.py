@@ -41,14 +41,12 @@ All = Annotated[bool, _flag(WHAT, "--all", "also names that cannot be used here,
 StrictPlugins = Annotated[bool, _flag(HOW, "--strict", "exit 1 if a plugin is broken")]
 ShownName = Annotated[str, _argument("NAME", "a registered name, a record .json or its folder")]
 Method = Annotated[str, _argument("METHOD", "a registered method, also one of --plugin")]
-Quick = Annotated[
-    bool, _flag(HOW, "--quick/--full", "the cheap half of the suite, or all; default --full")
-]
+Quick = Annotated[bool, _flag(HOW, "--quick/--full", "the cheap half of the suite, or all")]
 Badge = Annotated[Path | None, _option(WHERE, "FILE", "write the badge record here")]
 
 # --------------------------------------------------------------------------- run
 
-OptionalMethod = Annotated[str | None, _argument("[METHOD]", "METHOD or METHOD.tag")]
+OptionalMethod = Annotated[str | None, _argument("METHOD", "a registered method, or METHOD.preset")]
 Model = Annotated[
     str | None, _option(WHAT, "NAME", "timm:ID, hf:ID, hf-config:TYPE, a shortcut or a folder")
 ]
@@ -82,7 +80,7 @@ AllowForeignOrder = Annotated[
 Device = Annotated[str, _option(HOW, "WORD", "auto, cpu or cuda")]
 Precision = Annotated[str, _option(HOW, "WORD", "fp32, bf16 or fp16")]
 RunThreads = Annotated[int, _option(HOW, "N", "CPU threads; 0: torch's default", min=0)]
-LogWith = Annotated[str | None, _option(HOW, "WORD", "tensorboard")]
+LogWith = Annotated[str | None, _option(HOW, "WORD", "tracker of the losses: tensorboard")]
 RunOut = Annotated[Path | None, _option(WHERE, "DIR", "default runs/<id>", "--out")]
 DataDir = Annotated[
     Path | None, _option(WHERE, "DIR", "folder of Parquet data sets; wins over UNSC_DATA_DIR")

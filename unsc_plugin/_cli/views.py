@@ -19,8 +19,9 @@ if TYPE_CHECKING:
     from unsc_plugin.registry import Named, Registry
 
 ABSENT = "–"
-BETTER = {"up": "higher", "down": "lower", "retrain": "as retrained", "zero": "0"}
-DIGITS = {"pp": 2, "s": 2, "bytes": 0, "sample passes": 0}
+BETTER = {"up": "higher", "down": "lower", "retrain": "as retrained", "zero": "near 0"}
+DIGITS = {"pp": 2, "bits": 4, "s": 2, "bytes": 0, "sample passes": 0}
+"""Digits after the point of the units that are shown; shares and scores are bare, with four."""
 KINDS = {
     "backbones": "backbone",
     "datasets": "data set",
@@ -39,7 +40,9 @@ REQUESTS = {
 
 def grid(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
     """Return a table of plain texts; columns named `>name` hold numbers."""
-    table = Table(title=title or None, box=box.SIMPLE_HEAD, pad_edge=False, title_justify="left")
+    table = Table(
+        title=title or None, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0)
+    )
     for column in columns:
         number = column.startswith(">")
         table.add_column(
@@ -245,7 +248,7 @@ def show_method(tree: Mapping[str, Any]) -> None:
         "needs": ", ".join(entry["needs"]) or "no data",
         "scenarios": ", ".join(entry["scenarios"]),
         "paper": _cited(entry.get("paper")),
-        "also called": _args(entry.get("aliases") or entry.get("known_as") or {}),
+        "also called": _other_names(entry),
         "requires": ", ".join(entry.get("requires", ())),
         **{
             f"{tree['name']}.{key}": f"{_args(preset.get('args', {}))} ({preset['source']})"
@@ -256,6 +259,11 @@ def show_method(tree: Mapping[str, Any]) -> None:
     for key, fact in facts.items():
         if fact:
             line(f"{key}: {fact}")
+
+
+def _other_names(entry: Mapping[str, Any]) -> str:
+    suites = entry.get("known_as", {}).items()
+    return ", ".join([*entry.get("aliases", {}), *(f"{name} in {suite}" for suite, name in suites)])
 
 
 def _args(tree: Mapping[str, Any]) -> str:
@@ -313,8 +321,10 @@ def show_numbers(found: Record, original: Evaluation | None) -> None:
         spec = METRICS.get(name)
         unit = spec.unit if spec else ""
         cells = [_number(value, unit, sign=i == 3) for i, value in enumerate(numbers)]
-        rows.append((name, *cells, BETTER[spec.direction] if spec else "", unit))
-    columns = ["metric", ">original", ">unlearned", ">retrained", ">gap", "better", "unit"]
+        label = f"{name} [{unit}]" if unit in DIGITS else name
+        better = BETTER[spec.direction].removeprefix("as ") if spec else ""
+        rows.append((label, *cells, better))
+    columns = ["metric", ">original", ">unlearned", ">retrained", ">gap", "better"]
     if original is None:
         columns.pop(1)
         rows = [(row[0], *row[2:]) for row in rows]
@@ -339,10 +349,11 @@ def _number(value: float | None, unit: str, sign: bool = False) -> str:
 def show_run(found: Record, original: Evaluation | None, folder: Any) -> None:
     """Print the numbers of a finished run, what it cost and where it lies."""
     show_numbers(found, original)
+    gap = "gap: unlearned minus retrained; " if found.reference else ""
     spent = found.cost.get("seconds_prepare", 0.0) + found.cost.get("seconds_unlearn", 0.0)
     ratio = found.cost.get("work_ratio")
     of = "" if ratio is None else f", {ratio:.3f} of retraining's work"
-    line(f"gap: unlearned minus retrained; unlearning took {spent:.2f} s{of}")
+    line(f"{gap}unlearning took {spent:.2f} s{of}")
     line(f"written to {folder}")
 
 
