@@ -341,6 +341,15 @@ def test_an_ended_process_that_nobody_waited_for_does_not_hold_a_claim(
         ('{"host": "here', 0, False),
         ('{"host": "here', 60, True),
     ],
+    ids=[
+        "alive here",
+        "young elsewhere",
+        "old elsewhere",
+        "being made",
+        "empty",
+        "half",
+        "half, old",
+    ],
 )
 def test_when_a_claim_is_stale(text: str, age: float, stale: bool, tmp_path: Path) -> None:
     path = tmp_path / "x.claim"

@@ -580,7 +580,8 @@ def main(words: Sequence[str] | None = None) -> NoReturn:
     """
     state.clear()
     try:
-        code = app(None if words is None else list(words), standalone_mode=False) or 0
+        given = None if words is None else list(words)
+        code = app(given, prog_name="unsc", standalone_mode=False) or 0
     except UnscError as error:
         code = _fail(error, error.exit_code)
     except (KeyboardInterrupt, typer.Abort):
@@ -592,6 +593,10 @@ def main(words: Sequence[str] | None = None) -> NoReturn:
         code = _fail(error, 2)
     except USAGE_ERROR as error:
         code = _usage(error)
+    except Exception as error:
+        if not _interrupted(error):
+            raise
+        code = INTERRUPTED
     if code == INTERRUPTED:
         complain("interrupted; trained models and finished units are kept")
     sys.stdout.flush()
@@ -603,6 +608,13 @@ def _fail(error: BaseException, code: int) -> int:
         err.print_exception()
     complain(f"error: {error}")
     return code
+
+
+def _interrupted(error: BaseException | None) -> bool:
+    """Return whether an error only follows from Ctrl-C, as when an import is broken off."""
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__context__
+    return error is not None
 
 
 def _usage(error: Any) -> int:

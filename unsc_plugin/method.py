@@ -794,6 +794,7 @@ def from_function(
     *,
     scenarios: frozenset[Scenario],
     supports_weights: bool = False,
+    deterministic: bool = False,
 ) -> type[UnlearningMethod]:
     """Return the method class of `function(model, retain, forget, val=None, *, ctx, ...)`.
 
@@ -843,6 +844,7 @@ def from_function(
         "optional": frozenset(s for s in splits if parameters[str(s)].default is None),
         "scenarios": scenarios,
         "supports_weights": supports_weights,
+        "deterministic": deterministic,
         "Config": config,
         "run": run,
         "__doc__": function.__doc__,

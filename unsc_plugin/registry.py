@@ -379,12 +379,13 @@ def register_method(
     scenarios: Sequence[str] = ("class", "subclass", "random", "sequential"),
     summary: str = "",
     supports_weights: bool = False,
+    deterministic: bool = False,
 ) -> Callable[[Any], Any]:
     """Register a method class, or a function `(model, retain, forget, val=None, *, ctx, ...)`.
 
     A function's parameters say what it needs: `retain`, `forget` and `val` are loaders of `Batch`,
     `ctx` is the `UnlearningTask`; further keyword-only parameters with defaults are its settings.
-    It returns the model.
+    It returns the model. The keywords stand for the class data of the same names.
 
     Raises:
         ConfigError: neither a method class nor such a function; an unknown scenario; or a name that
@@ -406,6 +407,7 @@ def register_method(
                 name or target.__name__,
                 scenarios=frozenset(Scenario(s) for s in scenarios),
                 supports_weights=supports_weights,
+                deterministic=deterministic,
             )
             kind.__name__ = kind.__qualname__ = target.__name__.strip("<>")  # a lambda's has them
         elif name is not None and getattr(kind, "name", name) != name:

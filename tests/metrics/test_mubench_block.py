@@ -1,4 +1,3 @@
-import time
 
 import numpy as np
 import pytest
@@ -84,16 +83,6 @@ def test_zrf_repeats_for_a_seed_and_leaves_global_state_alone():
     assert zrf(z, seed=1) != zrf(z, seed=2)
     assert (np.random.get_state()[1] == state).all()
     assert zrf(torch.tensor(z).float(), seed=1) == pytest.approx(zrf(z, seed=1), abs=1e-5)
-
-
-def test_zrf_takes_one_second_at_5000_by_100():
-    z = np.random.default_rng(0).normal(size=(5000, 100))
-    seconds = []
-    for _ in range(3):  # the best of three: the machine is shared
-        start = time.perf_counter()
-        zrf(z, seed=0)
-        seconds.append(time.perf_counter() - start)
-    assert min(seconds) < 1.0
 
 
 def test_zrf_needs_a_draw():

@@ -55,7 +55,7 @@ class Watch:
             self._draw(what, text, told, total)
         elif told.epoch_end:
             self._mention(what, text, told, done=told.epochs == total)
-        if self._tracked_as:
+        if self._tracked_as and not told.epoch_end:  # the end of an epoch repeats its last step
             self._accelerator.log({f"{what}/loss": told.loss}, step=told.steps)
 
     def _start(self) -> None:
