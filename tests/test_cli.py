@@ -412,7 +412,7 @@ def test_runs_that_differ_never_share_a_default_folder() -> None:
     assert all(Path(name).name == name for name in others)
 
 
-@pytest.mark.parametrize("model", ["timm:test_convnext", "timm:test_vit", "hf-config:vit", "mlp"])
+@pytest.mark.parametrize("model", ["timm:test_convnext", "hf-config:vit", "mlp"])
 def test_the_backbone_is_a_word(model: str) -> None:
     done = finished(
         "run", "neggrad_plus", "--model", model, "--data", "digits", "--forget", "class:3",

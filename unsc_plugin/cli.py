@@ -6,11 +6,12 @@ match; 2 usage; 3 something optional is missing; 4 version outside a window; 130
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -404,15 +405,26 @@ def _check_names(opened: Board, registry: Registry) -> None:
     from unsc_plugin import run as pipeline
 
     for entry in opened.spec.rows:
-        registry.create(entry.method, **entry.set)
+        with _noted(f"in entry {entry.label!r} of {opened.source}"):
+            registry.create(entry.method, **entry.set)
     for scenario in opened.spec.scenarios:
-        pipeline.resolve(
-            registry,
-            data_name=scenario.data,
-            model_name=scenario.model,
-            forget_sets=scenario.forget,
-            recipe=scenario.recipe,
-        )
+        with _noted(f"in scenario {scenario.name!r} of {opened.source}"):
+            pipeline.resolve(
+                registry,
+                data_name=scenario.data,
+                model_name=scenario.model,
+                forget_sets=scenario.forget,
+                recipe=scenario.recipe,
+            )
+
+
+@contextlib.contextmanager
+def _noted(where: str) -> Iterator[None]:
+    try:
+        yield
+    except UnscError as error:
+        error.add_note(where)
+        raise
 
 
 def _of(opened: Board, wanted: Sequence[Job], found: Iterable[Record]) -> list[Record]:
@@ -606,7 +618,7 @@ def main(words: Sequence[str] | None = None) -> NoReturn:
 def _fail(error: BaseException, code: int) -> int:
     if state.debug:
         err.print_exception()
-    complain(f"error: {error}")
+    complain("\n".join([f"error: {error}", *getattr(error, "__notes__", ())]))
     return code
 
 

@@ -14,7 +14,7 @@ import inspect
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from importlib import metadata, resources
@@ -40,7 +40,6 @@ from unsc_plugin.spec import (
     MethodEntry,
     RegistryFile,
     Scenario,
-    Split,
     read_yaml,
 )
 
@@ -154,7 +153,10 @@ class Registry:
             self._raise_unknown(base or name)
         found = self.methods[base]
         if found.status == "unavailable":
-            raise MissingOptional(f"method {base!r} is unavailable: {found.reason}")
+            raise MissingOptional(
+                f"method {base!r} is unavailable: {found.reason}; {found.origin} asks for it: "
+                "install or set what is missing"
+            )
         assert isinstance(found.entry, MethodEntry)
         if tag and tag not in found.entry.presets:
             raise UnknownName(
@@ -445,7 +447,8 @@ def _import_target(target: str, named: Named) -> Any:
     try:
         return getattr(importlib.import_module(module), attribute)
     except Exception as error:
-        raise BrokenPlugin(f"{named.origin}: {target}: {_line(error)}") from error
+        where = target if target == named.origin else f"{named.origin}: {target}"
+        raise BrokenPlugin(f"{where}: {_line(error)}; install it, or correct the target") from error
 
 
 def _agrees(found: Any, named: Named) -> None:
@@ -455,17 +458,26 @@ def _agrees(found: Any, named: Named) -> None:
     assert isinstance(entry, MethodEntry)
     if not (inspect.isclass(found) and issubclass(found, UnlearningMethod)):
         raise BrokenPlugin(f"{named.origin}: {entry.target} is no subclass of UnlearningMethod")
-    said = (
-        named.name,
-        frozenset(map(Split, entry.needs)),
-        frozenset(map(Scenario, entry.scenarios)),
-    )
-    does = (found.name, found.needs, found.scenarios)
-    if said != does or entry.supports_weights != found.supports_weights:
+    facts = {
+        "name": (named.name, found.name),
+        "needs": (_sorted(entry.needs), _sorted(found.needs)),
+        "scenarios": (_sorted(entry.scenarios), _sorted(found.scenarios)),
+        "supports_weights": (entry.supports_weights, found.supports_weights),
+    }
+    faults = [
+        f"{fact}: {said} in the entry, {does} in the class"
+        for fact, (said, does) in facts.items()
+        if said != does
+    ]
+    if faults:
         raise BrokenPlugin(
-            f"{named.origin}: the entry of {named.name!r} and {entry.target} disagree in name, "
-            f"needs, scenarios or supports_weights: {said} against {does}; make them equal"
+            f"{named.origin}: the entry of {named.name!r} and {entry.target} disagree in "
+            f"{'; '.join(faults)}; make them equal"
         )
+
+
+def _sorted(words: Iterable[str]) -> str:
+    return ", ".join(sorted(words)) or "nothing"
 
 
 # --------------------------------------------------------------------------- public shortcuts
