@@ -672,4 +672,7 @@ def test_a_method_whose_requirement_is_not_installed(here: Path) -> None:
     (here / "p.yaml").write_text(text)
     says = ("'mine'", "not-a-package>=3 is not installed")
     refused(3, "run", "mine", "--forget", "class:0", "--plugin", "p.yaml", says=says)
-    assert "unavailable: not-a-package" in unsc("list", "--all", "--plugin", "p.yaml").out
+    listed = json.loads(unsc("list", "--all", "--json", "--plugin", "p.yaml").out)
+    assert [row["reason"] for row in listed if row["name"] == "mine"] == [
+        "not-a-package>=3 is not installed"
+    ]

@@ -664,20 +664,6 @@ def test_a_board_that_is_not_healthy_cannot_be_missed(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("_no_badges")
-def test_workers_find_plugins_and_write_the_same(tmp_path: Path) -> None:
-    one, two = board(tmp_path / "one"), board(tmp_path / "two")
-    finished("bench", one)
-    # Badges are read from the cache by the worker processes, which no patch reaches.
-    done = finished("bench", two, "--workers", "2")
-    assert "[2/2]" in done.err
-    for name in ("retrain--s0d0.json", "original--s0d0.json"):
-        first, second = (record.read(p.parent / "results" / name) for p in (one, two))
-        first.metrics.pop("mubench.unlearn_time")
-        second.metrics.pop("mubench.unlearn_time")
-        assert first.metrics == second.metrics
-
-
-@pytest.mark.usefixtures("_no_badges")
 def test_results_may_lie_elsewhere(tmp_path: Path) -> None:
     path = board(tmp_path / "b")
     finished("bench", path.parent, "--out", tmp_path / "elsewhere", "--only", "original")

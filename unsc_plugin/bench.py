@@ -358,7 +358,7 @@ def badge_of(name: str, registry: Registry, root: Path) -> dict[str, Any]:
 
     kind = registry.method_class(name)
     try:
-        own = inspect.getsource(kind)
+        own = inspect.getsource(getattr(kind, "function", kind))
     except (OSError, TypeError):
         own = repr(kind)
     path = root / "badges" / f"{name}-{fingerprint([_code_sha256(), own])[:16]}.json"

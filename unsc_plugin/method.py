@@ -847,6 +847,7 @@ def from_function(
         "deterministic": deterministic,
         "Config": config,
         "run": run,
+        "function": staticmethod(function),  # what its author wrote, for reading and hashing
         "__doc__": function.__doc__,
         "__module__": function.__module__,
     }

@@ -321,7 +321,8 @@ def _add_plugin(registry: Registry, plugin: str) -> None:
         for named in _registered_by_file(path):
             registry.add(named)
     elif re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", plugin):
-        found = _import_target(plugin, Named("methods", plugin, None, plugin))
+        with _collected():  # its decorator would register the same class once more
+            found = _import_target(plugin, Named("methods", plugin, None, plugin))
         registry.add(_named_of(found, plugin))
     else:
         raise ConfigError(

@@ -1,0 +1,36 @@
+"""Every script under benchmarks/perf prints one JSON object with its ratios; none is judged."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+FOLDER = Path(__file__).parent.parent / "benchmarks" / "perf"
+SHORT = {
+    "overhead.py": (["--rounds", "1", "--steps", "10"], {"ratio", "device"}),
+    "metrics.py": (["--quick"], set()),
+}
+
+
+def test_every_script_is_listed():
+    assert {path.name for path in FOLDER.glob("*.py")} == set(SHORT)
+
+
+@pytest.mark.parametrize("name", sorted(SHORT))
+def test_json_is_one_object(name, tmp_path):
+    options, keys = SHORT[name]
+    done = subprocess.run(
+        [sys.executable, str(FOLDER / name), "--json", *options],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=True,
+    )
+    found = json.loads(done.stdout)
+    assert keys <= set(found)
+    assert all(value > 0 for value in found.values() if isinstance(value, float))
