@@ -157,13 +157,6 @@ def test_without_test_rows_of_the_class_attack_and_probe_say_so() -> None:
     assert "no test rows" in found.missing["umia_logistic"]
 
 
-def test_a_label_with_too_few_shots_leaves_the_probe_out() -> None:
-    spec = SPEC.model_copy(update={"probe": SPEC.probe.model_copy(update={"shots": 500})})
-    frame = frame_of("class", spec=spec)
-    assert frame.shots is None
-    assert "probe.shots" in frame.missing["probe5"]
-
-
 def test_a_diverging_relearn_probe_is_absent_with_its_reason() -> None:
     spec = SPEC.model_copy(update={"relearn": SPEC.relearn.model_copy(update={"lr_scale": 6.5e39})})
     frame = frame_of("instance", spec=spec)

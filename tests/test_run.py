@@ -193,6 +193,7 @@ def test_a_record_is_complete(finished: run.Finished, cache: Path) -> None:
     assert done.n_hyperparameters == len(done.config) == 5
     assert done.needs == ["retain"]
     assert done.hashes == {
+        "data": base.content,
         "labels": base.splits.info.labels_sha256,
         "forget": request.forget_sha256,
         "retain": request.retain_sha256,

@@ -28,7 +28,15 @@ from unsc_plugin.errors import ConfigError, MissingOptional, RecordError, Unknow
 from unsc_plugin.leaderboard import BoardSummary, Leaderboard, ScenarioSummary
 from unsc_plugin.record import Record
 from unsc_plugin.registry import Registry, load
-from unsc_plugin.spec import BoardSpec, EntrySpec, canonical_json, fingerprint, read_yaml
+from unsc_plugin.spec import (
+    BoardSpec,
+    EntrySpec,
+    EvaluationSpec,
+    Recipe,
+    canonical_json,
+    fingerprint,
+    read_yaml,
+)
 
 RESULTS = "results"
 MARKDOWN, PLOT = "LEADERBOARD.md", "plot.svg"
@@ -158,6 +166,7 @@ def unit_setting(
         cache=board.cache,
         name=scenario.name,
         board=board.spec.name,
+        board_path=board.source.parent.as_posix(),
         tell=tell,
     )
 
@@ -211,6 +220,9 @@ def _same_board(board: Board, job: Job, done: Record, registry: Registry) -> Non
         "track": job.entry.track,
     }
     kept = {**done.experiment, "method": [done.method, done.preset], "track": done.track}
+    for key, kind in (("recipe", Recipe), ("evaluation", EvaluationSpec)):
+        # read through the model, so that a field which is new since then has its default
+        kept[key] = kind.model_validate_json(json.dumps(kept[key])).model_dump(mode="json")
     changed = [key for key, value in now.items() if kept.get(key) != value]
     config = dataclasses.asdict(registry.create(job.entry.method, **job.entry.set).config)
     config = json.loads(canonical_json(config))  # tuples as lists, as a record has them
@@ -358,9 +370,10 @@ def badge_of(name: str, registry: Registry, root: Path) -> dict[str, Any]:
 
     kind = registry.method_class(name)
     try:
-        own = inspect.getsource(getattr(kind, "function", kind))
+        file = inspect.getsourcefile(getattr(kind, "function", kind))
+        own = Path(file or "").read_text(encoding="utf-8")
     except (OSError, TypeError):
-        own = repr(kind)
+        own = repr(kind)  # made without a file
     path = root / "badges" / f"{name}-{fingerprint([_code_sha256(), own])[:16]}.json"
     if not path.is_file():
         badge = conformance.badge(conformance.check_method(kind, quick=True, registry=registry))
@@ -509,6 +522,9 @@ def _recheck(board: Board, job: Job, stored: Record, tolerance: float) -> list[M
         numbers = run.evaluate_outputs(setting, unit, evaluation.Outputs.load(path))
         hashes, metrics = run.hashes_of(setting, unit), numbers.metrics
         reference, spread = numbers.reference, numbers.reference_std
+    members = [member.meta["sha256"] for member, _ in setting.references(job.draw)]
+    if stored.reference_hashes not in ([], members):
+        return [Mismatch(job.label, "reference_hashes", "others", "those of the pool")]
     mismatches = [
         Mismatch(job.label, f"hash of {key}", stored.hashes[key][:16], hashes[key][:16])
         for key in sorted(stored.hashes.keys() & hashes.keys())

@@ -197,6 +197,7 @@ def run(
     allow_foreign_order: flags.AllowForeignOrder = False,
     device: flags.Device = "auto",
     precision: flags.Precision = "fp32",
+    micro_batches: flags.MicroBatches = 1,
     threads: flags.RunThreads = 0,
     log_with: flags.LogWith = None,
     out_dir: flags.RunOut = None,
@@ -262,6 +263,7 @@ def run(
             data_dir=data_dir,
             cache=cache,
             pretrained=pretrained,
+            micro_batches=micro_batches,
             allow_foreign_order=allow_foreign_order,
             tell=watch,
             groups=groups,
@@ -465,7 +467,8 @@ def _plan(
     opened: Board, units: int, finished: int, todo: Sequence[Job], found: Sequence[Record]
 ) -> None:
     spec, how = opened.spec, opened.spec.evaluation
-    trainings = len(spec.scenarios) * (how.train_seeds + how.draws * how.reference_pool)
+    per_draw = how.reference_pool + how.train_seeds * any(e.method == "retrain" for e in spec.rows)
+    trainings = len(spec.scenarios) * (how.train_seeds + how.draws * per_draw)
     known = [r.cost.get("seconds_prepare", 0) + r.cost.get("seconds_unlearn", 0) for r in found]
     estimate = len(todo) * sum(known) / len(known) if known else None
     tree = {
@@ -480,7 +483,8 @@ def _show_board(opened: Board, built: Leaderboard, ran: int) -> None:
     if state.as_json:
         emit({**built.to_dict(), "ran": ran, "out": str(opened.out)})
         return
-    out().print(built.terminal())
+    console = out()
+    console.print(built.terminal(console.width))
     line(f"written to {opened.out}: LEADERBOARD.md, plot.svg")
 
 

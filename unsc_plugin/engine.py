@@ -194,7 +194,7 @@ def fit(
     weight_decay: float | None = None,
     max_grad_norm: float | None = None,
     schedule: Callable[[float], float] | None = None,
-    micro_batches: int = 1,
+    micro_batches: int | None = None,
     before_step: Callable[[], None] | None = None,
     after_step: Callable[[], None] | None = None,
     on_epoch_end: Callable[[int], bool] | None = None,
@@ -204,8 +204,9 @@ def fit(
     Every item is one optimiser step: the losses of its micro-batches are back-propagated, gradients
     summed over processes, `before_step` called (gradients are final but for clipping), clipped,
     stepped, `after_step` called. The optimiser's class, momentum and weight decay are the recipe's
-    unless given. `schedule(epochs done, a float)` multiplies `lr`. `on_epoch_end` returning True
-    stops; so does the context's budget, within one step.
+    unless given, the number of micro-batches the context's. `schedule(epochs done, a float)`
+    multiplies `lr`. `on_epoch_end` returning True stops; so does the context's budget, within one
+    step.
 
     Raises:
         DivergedError: a loss is not finite.
@@ -218,6 +219,7 @@ def fit(
     stepper = AcceleratedOptimizer(inner, scaler=device.scaler) if context.accelerator else inner
     stepper.zero_grad()
     per_epoch = sum(len(stage) for stage in stages)
+    parts = micro_batches or context.micro_batches
     for epoch in range(epochs):
         done = 0
         for stage in stages:
@@ -227,7 +229,7 @@ def fit(
                     return
                 if schedule is not None:
                     _scale(inner, lr * schedule(epoch + done / per_epoch if per_epoch else epoch))
-                loss = _backward(model, stage, item, device, micro_batches)
+                loss = _backward(model, stage, item, device, parts)
                 sum_gradients(parameters, device)
                 _step(stepper, parameters, device, max_grad_norm, before_step)
                 if after_step is not None:
@@ -400,6 +402,7 @@ def train(
     *,
     seed: int,
     device: Accelerator | None = None,
+    micro_batches: int = 1,
     progress: Callable[[Progress], None] | None = None,
 ) -> Context:
     """Train `model` in place on `rows` by `recipe`; the order of the rows depends on `seed` only.
@@ -409,7 +412,9 @@ def train(
     Raises:
         DivergedError: a loss is not finite.
     """
-    context = Context(recipe, seed, accelerator=device, progress=progress)
+    context = Context(
+        recipe, seed, accelerator=device, micro_batches=micro_batches, progress=progress
+    )
     fit_recipe(model, context, loader_for(rows, context, "retain", augment=recipe.augment))
     model.eval()
     return context

@@ -11,7 +11,7 @@ import copy
 import hashlib
 import json
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -42,9 +42,8 @@ class Frame:
     """What every model of a draw is measured on.
 
     `forgotten` marks the test rows of the forgotten (sub-)labels, `siblings` those of kept
-    sub-labels of the same label; both are empty masks for other kinds. `shots` is None where a
-    (sub-)label has too few training rows. `codes` are the (sub-)labels of the test rows that the
-    probe has to recover.
+    sub-labels of the same label; both are empty masks for other kinds, and `shots` is None.
+    `codes` are the (sub-)labels of the test rows that the probe has to recover.
     """
 
     kind: str
@@ -62,7 +61,6 @@ class Frame:
     shots: probe.Shots | None
     shot_rows: Rows | None
     codes: np.ndarray
-    missing: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def relearn_steps(self) -> int:
@@ -100,19 +98,15 @@ def frame(
     retain = train.subset(request.retain)
     shown = _stratified(retain.labels, spec.retain_eval, derive(seed, "retain_eval", draw))
     train_codes, test_codes, forgotten, siblings = _codes(splits, request)
-    missing: dict[str, str] = {}
     shots, shot_rows = None, None
     if request.kind in CLASS_KINDS and bool(forgotten.any()):
-        try:
-            shots = probe.draw_shots(
-                train_codes,
-                seed=derive(seed, "shots", draw),
-                shots=spec.probe.shots,
-                repeats=spec.probe.repeats,
-            )
-            shot_rows = train.subset(shots.rows)
-        except DataError as error:
-            missing["probe5"] = str(error)
+        shots = probe.draw_shots(
+            train_codes,
+            seed=derive(seed, "shots", draw),
+            shots=spec.probe.shots,
+            repeats=spec.probe.repeats,
+        )
+        shot_rows = train.subset(shots.rows)
     return Frame(
         kind=request.kind,
         data=splits.info.name,
@@ -129,7 +123,6 @@ def frame(
         shots=shots,
         shot_rows=shot_rows,
         codes=test_codes[forgotten.numpy()],
-        missing=missing,
     )
 
 
@@ -326,7 +319,7 @@ def evaluate(
         raise DataError(
             f"expected groups of {', '.join(GROUPS)}, got {sorted(groups - set(GROUPS))}"
         )
-    missing = dict(frame.missing)
+    missing: dict[str, str] = {}
 
     def single(outputs: Outputs, absent: dict[str, str]) -> dict[str, float]:
         found = _accuracies(outputs, frame) | dict(outputs.numbers)

@@ -82,12 +82,12 @@ class Leaderboard:
         template = _environment().get_template("scatter.svg.j2")
         return template.render(**scatter.drawing(self.standings))
 
-    def terminal(self) -> Group:
-        """Return the main tables and a small text scatter, to be printed by rich."""
+    def terminal(self, width: int = 160) -> Group:
+        """Return the main tables and a small text scatter for a terminal of `width` columns."""
         board = self.standings
         parts: list[Any] = [_health_text(board)]
         main = (tables.ranking_sheet(board), *tables.unranked_sheets(board))
-        parts += [_rich_table(_narrow(sheet)) for sheet in main]
+        parts += [_rich_table(_narrow(sheet, width)) for sheet in main]
         parts += [_rich_table(sheet) for sheet in tables.problem_sheets(board)]
         parts.append(Text(scatter.text(board)))
         return Group(*parts)
@@ -142,6 +142,8 @@ def markdown_cell(text: str) -> str:
 
 
 _NARROW = ("tier", "entry", "why", "S [", "rank [", "a_", "u", "acc_forget", "acc_test")
+_NARROWEST = ("tier", "entry", "why", "S [", "rank [", "u")
+_WIDE = 150
 _SHORT = {
     tables.UP: "higher",
     f"{tables.UP}; retrain is 1": "higher",
@@ -151,9 +153,10 @@ _SHORT = {
 }
 
 
-def _narrow(sheet: Sheet) -> Sheet:
+def _narrow(sheet: Sheet, width: int) -> Sheet:
     """Keep the columns that fit a terminal, directions cut to one or two words."""
-    kept = [i for i, column in enumerate(sheet.columns) if column.label.startswith(_NARROW)]
+    wanted = _NARROW if width >= _WIDE else _NARROWEST
+    kept = [i for i, column in enumerate(sheet.columns) if column.label.startswith(wanted)]
     columns = tuple(
         sheet.columns[i]._replace(
             direction=_SHORT.get(sheet.columns[i].direction, sheet.columns[i].direction)

@@ -44,6 +44,7 @@ from unsc_plugin.runtime import (
     first_non_finite,
     sealed,
     state_sha256,
+    warm_up,
 )
 from unsc_plugin.spec import Recipe, Scenario, Split, derive, fingerprint
 
@@ -266,7 +267,11 @@ class Progress:
 
 
 class Context:
-    """Where training steps happen: devices, recipe, seed, limits, and who is told about them."""
+    """Where training steps happen: devices, recipe, seed, limits, and who is told about them.
+
+    `micro_batches` splits every step to save memory (gradient accumulation); without BatchNorm the
+    result is the same.
+    """
 
     def __init__(
         self,
@@ -275,9 +280,11 @@ class Context:
         *,
         accelerator: Any = None,
         budget: Budget | None = None,
+        micro_batches: int = 1,
         progress: Callable[[Progress], None] | None = None,
     ) -> None:
         self.recipe, self.seed, self.accelerator = recipe, seed, accelerator
+        self.micro_batches = micro_batches
         self.budget, self.progress = budget or Budget(), progress
         self.clock = Clock()
         self.steps = self.epochs = 0
@@ -362,11 +369,19 @@ class UnlearningTask(Context):
         seed: int = 0,
         accelerator: Any = None,
         budget: Budget | None = None,
+        micro_batches: int = 1,
         progress: Callable[[Progress], None] | None = None,
         cache: Path | None = None,
         data_fingerprint: str = "",
     ) -> None:
-        super().__init__(recipe, seed, accelerator=accelerator, budget=budget, progress=progress)
+        super().__init__(
+            recipe,
+            seed,
+            accelerator=accelerator,
+            budget=budget,
+            micro_batches=micro_batches,
+            progress=progress,
+        )
         self._rows = {Split.FORGET: forget, Split.RETAIN: retain, Split.VAL: val}
         self._fresh = fresh_model
         self.num_classes, self.scenario, self.modality = num_classes, scenario, modality
@@ -723,6 +738,7 @@ class UnlearningMethod(abc.ABC):
                 raise ForgetSetError(f"{self.name} needs split {split}, got {found}; provide it")
 
     def _private(self, model: nn.Module, task: UnlearningTask) -> nn.Module:
+        warm_up()
         private = copy.deepcopy(model).to(task.device)
         private.train()
         task._counter.watch(private)

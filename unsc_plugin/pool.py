@@ -31,7 +31,7 @@ from unsc_plugin.errors import CacheMismatch
 from unsc_plugin.evaluation import Frame, Outputs
 from unsc_plugin.method import Progress
 from unsc_plugin.rows import Rows
-from unsc_plugin.runtime import WorkCounter, sealed, state_sha256
+from unsc_plugin.runtime import WorkCounter, sealed, state_sha256, warm_up
 from unsc_plugin.spec import Recipe, canonical_json, derive, fingerprint
 
 SCHEMA = 1
@@ -69,6 +69,7 @@ class Pool:
 
     root: Path
     device: Any = None
+    micro_batches: int = 1
 
     def member(
         self,
@@ -98,6 +99,7 @@ class Pool:
             "weights": hashlib.sha256(rows.weight.numpy().tobytes()).hexdigest(),
             "recipe": recipe.model_dump(mode="json"),
             "seed": seed,
+            "micro_batches": self.micro_batches,
             "precision": getattr(self.device, "mixed_precision", "no"),
             **identity,
         }
@@ -105,7 +107,8 @@ class Pool:
         folder = self.root / "models" / key[:2] / key
         with self._claimed(folder) as mine:
             if mine:
-                self._train(folder, parts, build, rows, recipe, seed, progress)
+                alive = _heartbeat(_claim_file(folder), progress)
+                self._train(folder, parts, build, rows, recipe, seed, alive)
         return self._open(key, folder)
 
     def outputs(
@@ -153,12 +156,19 @@ class Pool:
     ) -> None:
         counter = WorkCounter()
         with sealed(seed):
+            warm_up()
             model = build(derive(seed, "init"))
             if self.device is not None:
                 model = model.to(self.device.device)
             counter.watch(model)
             context = engine.train(
-                model, rows, recipe, seed=seed, device=self.device, progress=progress
+                model,
+                rows,
+                recipe,
+                seed=seed,
+                device=self.device,
+                micro_batches=self.micro_batches,
+                progress=progress,
             )
             counter.forget(model)
         here = torch.tensor(counter.samples, device=context.device)
@@ -248,6 +258,21 @@ class Pool:
                 return False
             return True
         return False
+
+
+def _heartbeat(
+    claim: Path, progress: Callable[[Progress], None] | None
+) -> Callable[[Progress], None]:
+    """Return a progress callback that keeps the claim young for as long as epochs go by."""
+
+    def beat(told: Progress) -> None:
+        if told.epoch_end:
+            with contextlib.suppress(FileNotFoundError):
+                os.utime(claim)
+        if progress is not None:
+            progress(told)
+
+    return beat
 
 
 def _claim_file(folder: Path) -> Path:

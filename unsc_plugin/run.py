@@ -79,6 +79,8 @@ class Setting:
     with_reference: bool = True
     groups: tuple[str, ...] = GROUPS
     mubench_original: str = "measured"
+    mubench_data: str = ""
+    board_path: str = ""
     _requests: dict[int, Request] = field(default_factory=dict)
     _frames: dict[int, Frame] = field(default_factory=dict)
     _references: dict[int, list[tuple[Member, Outputs]]] = field(default_factory=dict)
@@ -109,6 +111,9 @@ class Setting:
                 seed=self.seed,
                 draw=draw,
             )
+            if self.mubench_data:
+                found = dataclasses.replace(self._frames[draw], data=self.mubench_data)
+                self._frames[draw] = found
         return self._frames[draw]
 
     def build(self, seed: int) -> nn.Module:
@@ -116,10 +121,19 @@ class Setting:
         return models.build(self.entry, self.splits.info, seed=seed, pretrained=self.pretrained)
 
     @cached_property
+    def content(self) -> str:
+        """SHA-256 of the labels and of all inputs in memory, train and test."""
+        digest = hashlib.sha256(self.splits.info.labels_sha256.encode())
+        for rows in (self.splits.train, self.splits.test):
+            for column in (rows.labels, *rows.storage.values()):
+                digest.update(column.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
+
+    @cached_property
     def identity(self) -> dict[str, Any]:
         """What names data and backbone in the key of a cached model."""
         return {
-            "data": [self.data, self.splits.info.labels_sha256, self.splits.info.revision],
+            "data": [self.data, self.content, self.splits.info.revision],
             "rows_as": None
             if self.dataset is None
             else self.dataset.model_dump(mode="json", exclude=_NO_PART_OF_THE_ROWS),
@@ -164,6 +178,7 @@ class Setting:
             modality=self.splits.info.modality,
             accelerator=self.pool.device,
             budget=Budget(),
+            micro_batches=self.pool.micro_batches,
             progress=progress,
             cache=self.pool.root,
             data_fingerprint=f"{self.data}|{self.splits.info.labels_sha256}",
@@ -179,7 +194,7 @@ class Setting:
         from unsc_plugin.metrics.accuracy import accuracy
 
         if self.mubench_original == "table":
-            found = mubench.table_orig_dt(self.data, self.entry.mubench or self.model)
+            found = mubench.table_orig_dt(self.mubench_data, self.entry.mubench or self.model)
             if found is None:
                 raise ConfigError(
                     f"--mubench-orig table: MU-Bench's table has no {self.model} on {self.data}; "
@@ -259,6 +274,7 @@ def setting(
     data_dir: Path | None = None,
     cache: Path | None = None,
     pretrained: bool = False,
+    micro_batches: int = 1,
     **more: Any,
 ) -> Setting:
     """Resolve every name, load the data, and return what all units share.
@@ -292,9 +308,10 @@ def setting(
         recipe=names.recipe,
         splits=splits,
         forget=names.forget,
+        mubench_data=dataset.mubench or names.data,
         evaluation=evaluation_spec,
         seed=seed,
-        pool=Pool(cache or default_root(), device),
+        pool=Pool(cache or default_root(), device, micro_batches),
         dataset=dataset,
         pretrained=pretrained or entry.source == "hf",
         **more,
@@ -395,6 +412,7 @@ def hashes_of(setting: Setting, unit: Unit) -> dict[str, str]:
     """Return the hashes of the labels, the forget and retain sets and the original of a unit."""
     request = setting.request(unit.draw)
     return {
+        "data": setting.content,
         "labels": setting.splits.info.labels_sha256,
         "forget": request.forget_sha256,
         "retain": request.retain_sha256,
@@ -452,7 +470,11 @@ def _evaluate(setting: Setting, outputs: Outputs, unit: Unit, measured: Measured
         outputs,
         pool,
         setting.frame(unit.draw),
-        original_test_accuracy=setting.original_test_accuracy(member, original),
+        original_test_accuracy=(
+            setting.original_test_accuracy(member, original)
+            if "mubench" in setting.groups
+            else None
+        ),
         mubench_method=mubench,
         groups=setting.groups,
     )
@@ -567,7 +589,7 @@ def _cost(
     if result.peak_bytes is not None:
         cost["peak_bytes"] = result.peak_bytes
     retrained = [member.meta for member, _ in references]
-    if retrained:
+    if retrained and min(meta["work"] for meta in retrained) > 0:  # a recipe of 0 epochs has none
         cost["work_ratio"] = result.work / statistics.median(meta["work"] for meta in retrained)
         here = device_name(setting.pool.device)
         seconds = [meta["seconds"] for meta in retrained if meta["device"] == here]
@@ -628,7 +650,7 @@ def command_of(setting: Setting, unit: Unit) -> str:
     """Return the command line that repeats the unit."""
     if setting.board is not None:
         only = f"'{unit.entry.label}--s{unit.train_seed}d{unit.draw}'"
-        return f"unsc bench benchmarks/{setting.board} --only {only}"
+        return f"unsc bench {setting.board_path} --only {only}"
     words = ["unsc", "run", unit.entry.method, "--model", setting.model, "--data", setting.data]
     spec = setting.forget[0].model_dump_json(exclude_defaults=True)
     words += ["--forget", spec, "--seed", str(setting.seed)]
@@ -640,6 +662,14 @@ def command_of(setting: Setting, unit: Unit) -> str:
             words += ["--recipe", f"{key}={json.dumps(value)}"]
     words += ["--reference-pool", str(setting.evaluation.reference_pool)]
     words += ["--metrics", ",".join(setting.groups)]
+    if setting.pool.micro_batches > 1:
+        words += ["--micro-batches", str(setting.pool.micro_batches)]
+    if setting.pretrained and setting.entry.source != "hf":
+        words.append("--pretrained")
+    precision = getattr(setting.pool.device, "mixed_precision", "no")
+    words += [] if precision == "no" else ["--precision", precision]
+    for plugin in setting.registry.plugins:
+        words += ["--plugin", plugin]
     return shlex.join(words)
 
 

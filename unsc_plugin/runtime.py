@@ -7,6 +7,7 @@ is never trusted for the seed, the time or the state of the process.
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import random
 import time
@@ -58,6 +59,20 @@ def sealed(seed: int) -> Iterator[None]:
         torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
         if torch.get_num_threads() != threads:
             torch.set_num_threads(threads)
+
+
+@functools.cache
+def warm_up() -> None:
+    """Let torch import what it imports at the first optimiser step, before any clock runs."""
+    parameter = nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([parameter], lr=1.0)
+    parameter.sum().backward()  # type: ignore[no-untyped-call]
+    optimizer.step()
+    strict, warn_only = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
+    torch.use_deterministic_algorithms(strict, warn_only=warn_only)
 
 
 class Clock:

@@ -526,7 +526,9 @@ class EvaluationSpec(Strict):
     a_min: float = Field(0.01, gt=0, lt=1)
     confidence: float = Field(0.95, gt=0, lt=1)
     bootstrap: int = Field(2000, ge=100)
-    weights: dict[Literal["J", "P", "L", "H", "C"], float] = Field(default_factory=dict)
+    weights: dict[Literal["J", "P", "L", "H", "C"], Annotated[float, Field(gt=0)]] = Field(
+        default_factory=dict
+    )
 
 
 class ScenarioSpec(Strict):

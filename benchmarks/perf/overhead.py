@@ -4,7 +4,7 @@ Same data, same model, same optimiser, same number of steps, one after the other
 order alternates from round to round, so that a drift of the machine's speed hits both sides. The
 ratio is the median over the rounds of framework seconds / bare seconds.
 
-    python benchmarks/perf/overhead.py [--json] [--rounds 7] [--steps 40] [--device cpu]
+    python benchmarks/perf/overhead.py [--json] [--rounds 11] [--steps 60] [--device cpu]
 """
 
 from __future__ import annotations
@@ -76,8 +76,8 @@ def bare_loop(model: nn.Module, pixels, labels, recipe: Recipe, lr: float, epoch
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--steps", type=int, default=40, help="optimiser steps per side and round")
+    parser.add_argument("--rounds", type=int, default=11)
+    parser.add_argument("--steps", type=int, default=60, help="optimiser steps per side and round")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     options = parser.parse_args()
     if options.device == "cpu":

@@ -94,13 +94,19 @@ def test_dead_features_count_as_wrong_not_as_nan():
     assert recall(features, labels, np.zeros((3, 6)), [1, 2, 3]) < 0.7
 
 
+def test_a_rare_label_gives_all_it_has():
+    shots = draw_shots([0, 0, 0, 0, 0, 0, 1, 1], seed=0, shots=5, repeats=3)
+    assert shots.positions.shape == (3, 2, 5)
+    for common, rare in shots.positions:
+        assert len(set(common)) == 5
+        assert set(rare) == {6, 7}
+
+
 def test_bad_input():
     features, labels = clusters(6, spread=0.1, seed=0)
     shots = draw_shots(labels, seed=0)
     support = features[shots.rows]
-    with pytest.raises(DataError, match=r"6 example\(s\) of label 0"):
-        draw_shots(labels, seed=0, shots=7)
-    with pytest.raises(DataError, match="one repeat"):
+    with pytest.raises(DataError, match="shots and repeats of 1 or more"):
         draw_shots(labels, seed=0, repeats=0)
     with pytest.raises(DataError, match="shot rows"):
         prototype_recall(support[1:], shots, support[:2], [0, 1])

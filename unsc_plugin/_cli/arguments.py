@@ -167,6 +167,7 @@ def experiment(
                 "--data, --model, --forget, --seed, --set, --recipe and --reference-pool"
             )
         return read_yaml(spec).validate(Experiment)
+    method = method or (registry.defaults.method if registry.defaults else None)
     if method is None:
         raise ConfigError("expected a method (see `unsc list methods`) or --spec FILE")
     single = EvaluationSpec(train_seeds=1, draws=1, reference_pool=reference_pool or 1)

@@ -79,6 +79,7 @@ AllowForeignOrder = Annotated[
 ]
 Device = Annotated[str, _option(HOW, "WORD", "auto, cpu or cuda")]
 Precision = Annotated[str, _option(HOW, "WORD", "fp32, bf16 or fp16")]
+MicroBatches = Annotated[int, _option(HOW, "N", "split every step in N to save memory", min=1)]
 RunThreads = Annotated[int, _option(HOW, "N", "CPU threads; 0: torch's default", min=0)]
 LogWith = Annotated[str | None, _option(HOW, "WORD", "tracker of the losses: tensorboard")]
 RunOut = Annotated[Path | None, _option(WHERE, "DIR", "default runs/<id>", "--out")]

@@ -36,7 +36,8 @@ class Shots:
 def draw_shots(labels: Any, *, seed: int, shots: int = 5, repeats: int = 20) -> Shots:
     """Draw `shots` examples of every (sub-)label, `repeats` times, without replacement.
 
-    The draw depends on the labels in their order and on the seed, never on a model.
+    A (sub-)label with fewer examples gives all it has, repeated in turn up to `shots`. The
+    draw depends on the labels in their order and on the seed, never on a model.
 
     Args:
         labels: true (sub-)labels of the original training set, forget set included, (N,).
@@ -45,20 +46,20 @@ def draw_shots(labels: Any, *, seed: int, shots: int = 5, repeats: int = 20) -> 
         repeats: number of draws.
 
     Raises:
-        DataError: if a label has fewer examples than `shots`, or a count is below 1.
+        DataError: if `shots` or `repeats` is below 1.
     """
     column = _arrays.integers(labels, "probe on train")
-    classes, count = np.unique(column, return_counts=True)
-    if min(shots, repeats) < 1 or count.min() < shots:
-        raise DataError(
-            f"probe: expected at least 1 ≤ shots ≤ examples per label and one repeat, got shots "
-            f"{shots}, repeats {repeats} and {count.min()} example(s) of label "
-            f"{classes[count.argmin()]}; lower probe.shots"
-        )
+    classes = np.unique(column)
+    if min(shots, repeats) < 1:
+        raise DataError(f"probe: expected shots and repeats of 1 or more, got {shots}, {repeats}")
     rng = np.random.default_rng(seed)
     rows_of = [np.flatnonzero(column == label) for label in classes]
     positions = [
-        [rng.choice(rows, size=shots, replace=False) for rows in rows_of] for _ in range(repeats)
+        [
+            np.resize(rng.choice(rows, size=min(shots, len(rows)), replace=False), shots)
+            for rows in rows_of
+        ]
+        for _ in range(repeats)
     ]
     return Shots(classes.astype(np.int64), np.array(positions, dtype=np.int64))
 
