@@ -60,7 +60,6 @@ def refused(code: int, *words: str | Path, says: tuple[str, ...]) -> Done:
 
 RUN: dict[str, tuple[int, str, tuple[str, ...]]] = {
     # names
-    "no method": (2, "", ("expected a method", "unsc list methods", "--spec")),
     "method": (2, "finetun", ("'finetun'", "did you mean 'finetune'")),
     "method of other code": (2, "amnesiac", ("'amnesiac'", "random_label", "subtracts")),
     "preset": (2, "finetune.pape", ("'finetune.pape'", "did you mean 'finetune.paper'")),

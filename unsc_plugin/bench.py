@@ -222,7 +222,8 @@ def _same_board(board: Board, job: Job, done: Record, registry: Registry) -> Non
     kept = {**done.experiment, "method": [done.method, done.preset], "track": done.track}
     for key, kind in (("recipe", Recipe), ("evaluation", EvaluationSpec)):
         # read through the model, so that a field which is new since then has its default
-        kept[key] = kind.model_validate_json(json.dumps(kept[key])).model_dump(mode="json")
+        stored = json.dumps(kept.get(key, {}))
+        kept[key] = kind.model_validate_json(stored).model_dump(mode="json")
     changed = [key for key, value in now.items() if kept.get(key) != value]
     config = dataclasses.asdict(registry.create(job.entry.method, **job.entry.set).config)
     config = json.loads(canonical_json(config))  # tuples as lists, as a record has them
