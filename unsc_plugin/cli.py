@@ -598,6 +598,7 @@ def main(words: Sequence[str] | None = None) -> NoReturn:
     try:
         given = None if words is None else list(words)
         code = app(given, prog_name="unsc", standalone_mode=False) or 0
+        sys.stdout.flush()  # inside, so that a reader who has gone is noticed here
     except UnscError as error:
         code = _fail(error, error.exit_code)
     except (KeyboardInterrupt, typer.Abort):

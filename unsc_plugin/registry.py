@@ -354,8 +354,12 @@ def _loaded_file(path: Path, modified: float) -> tuple[Named, ...]:
     assert module_spec.loader is not None
     module = importlib.util.module_from_spec(module_spec)
     sys.modules[name] = module
-    with _collected() as rows:
-        module_spec.loader.exec_module(module)
+    bytecode, sys.dont_write_bytecode = sys.dont_write_bytecode, True  # nothing beside their file
+    try:
+        with _collected() as rows:
+            module_spec.loader.exec_module(module)
+    finally:
+        sys.dont_write_bytecode = bytecode
     return tuple(rows)
 
 
