@@ -29,6 +29,10 @@ class ForgetSetError(DataError):
     """A forget set that is empty, too large, out of range or malformed."""
 
 
+class RequestError(ForgetSetError):
+    """A request that cannot be served: no class is left, or data it needs are not there."""
+
+
 class RowOrderMismatch(ForgetSetError):
     """An index list made for another order of the rows."""
 
@@ -55,6 +59,24 @@ class SplitAccessError(UnscError, RuntimeError):
 
 class NotApplicable(UnscError, ValueError):
     """The method has no meaning for this model or data; raised before anything changes."""
+
+
+class NoFreeDirections(NotApplicable):
+    """No layer has a direction that the retained data leave free."""
+
+
+class NonFiniteError(UnscError, ArithmeticError):
+    """Activations or logits of the given model that are not finite."""
+
+    exit_code = 1
+
+
+class GramMismatch(UnscError, ValueError):
+    """Stored Gram matrices that belong to another model or to other data."""
+
+
+class UnsupportedDistributed(UnscError, RuntimeError):
+    """Weights are split over processes where every process must hold them whole."""
 
 
 class ArchitectureChanged(UnscError, RuntimeError):

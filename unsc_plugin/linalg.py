@@ -1,0 +1,443 @@
+"""Gram algebra of layer inputs: subspaces, projectors and drift. Tensors in, tensors out.
+
+A layer that is linear in its input columns is `Y = W X` with W [g, o, d] and X [g, d, N]; g groups
+(1 unless a convolution is grouped), o outputs per group, d inputs per column, N columns. All that
+null-space methods need of X is its Gram matrix `G = X Xᵀ` [g, d, d], which adds up over samples and
+can be subtracted again. Everything is float64 and acts per group.
+
+Chen, Zhu, Yu, Zhou, *Machine Unlearning via Null Space Calibration* (IJCAI 2024, arXiv 2404.13588)
+use the subspaces; Saha, Garg, Roy, *Gradient Projection Memory for Continual Learning* (ICLR 2021,
+arXiv 2103.09762) the sequential merge.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+CHUNK = 8192
+"""Columns per product: what is added in the columns' own precision before float64 takes over."""
+SLACK = 1e-12
+"""Energies are compared up to this, and smaller eigenvalues than this share of the first are 0."""
+CLUSTER = 1e-9
+"""Eigenvalues closer than this (relative) are one eigenspace, which is never cut in two."""
+GPU_EIGH = 2000
+"""Matrices wider than this are decomposed on the GPU if they lie there."""
+
+Rule = Literal["reach", "below"]
+
+
+# --------------------------------------------------------------------------- Gram matrices
+
+
+@dataclass
+class Gram:
+    """Second moments of columns: `matrix` X Xᵀ [g, d, d], `total` X·1 [g, d], `count` N; float64.
+
+    >>> gram = Gram.zeros(1, 2)
+    >>> gram.add(torch.tensor([[[1.0, 1.0], [0.0, 2.0]]]))
+    >>> gram.matrix.tolist(), gram.total.tolist(), gram.count
+    ([[[2.0, 2.0], [2.0, 4.0]]], [[2.0, 2.0]], 2)
+    """
+
+    matrix: Tensor
+    total: Tensor
+    count: int
+
+    @classmethod
+    def zeros(cls, groups: int, d: int, device: torch.device | str | None = None) -> Gram:
+        """Return the Gram of no columns; a device without float64 is replaced by the CPU."""
+        if device is not None and torch.device(device).type == "mps":
+            device = "cpu"
+        matrix = torch.zeros(groups, d, d, dtype=torch.float64, device=device)
+        return cls(matrix, matrix.new_zeros(groups, d), 0)
+
+    @property
+    def trace(self) -> Tensor:
+        """Energy of every group, tr G [g]."""
+        return self.matrix.diagonal(dim1=-2, dim2=-1).sum(-1)
+
+    def add(self, columns: Tensor) -> None:
+        """Add columns [g, d, N], multiplied in their own precision, summed in float64."""
+        where = self.matrix.device
+        for part in torch.split(columns, CHUNK, dim=-1):
+            self.matrix += torch.bmm(part, part.mT).to(where)
+            self.total += part.sum(-1, dtype=_summing(part)).to(where)
+        self.count += columns.shape[-1]
+
+    def merge(self, other: Gram) -> None:
+        """Add the columns that `other` holds."""
+        self.matrix += other.matrix
+        self.total += other.total
+        self.count += other.count
+
+    def subtract(self, other: Gram) -> None:
+        """Take the columns that `other` holds out again."""
+        self.matrix -= other.matrix
+        self.total -= other.total
+        self.count -= other.count
+
+    def augmented(self, scale: float) -> Gram:
+        """Return the Gram of the columns [x; s] that a bias b/s sees: [[G, s·m], [s·mᵀ, s²·N]]."""
+        groups, d = self.total.shape
+        wide = Gram.zeros(groups, d + 1, self.matrix.device)
+        wide.matrix[:, :d, :d] = self.matrix
+        wide.matrix[:, :d, d] = wide.matrix[:, d, :d] = scale * self.total
+        wide.matrix[:, d, d] = scale**2 * self.count
+        wide.total[:, :d] = self.total
+        wide.total[:, d] = scale * self.count
+        wide.count = self.count
+        return wide
+
+    def pack(self) -> Tensor:
+        """Return the upper triangle [g, d(d+1)/2], row by row."""
+        row, column = _triangle(self.matrix.shape[-1], self.matrix.device)
+        return self.matrix[:, row, column]
+
+    @classmethod
+    def unpack(cls, packed: Tensor, total: Tensor, count: int) -> Gram:
+        """Return the exactly symmetric Gram of a packed triangle."""
+        groups, d = total.shape
+        row, column = _triangle(d, packed.device)
+        matrix = packed.new_zeros(groups, d, d)
+        matrix[:, row, column] = packed
+        matrix[:, column, row] = packed
+        return cls(matrix, total.clone(), int(count))
+
+
+def _summing(part: Tensor) -> torch.dtype:
+    return torch.float32 if part.device.type == "mps" else torch.float64
+
+
+def _triangle(d: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    row, column = torch.triu_indices(d, d, device=device)
+    return row, column
+
+
+# --------------------------------------------------------------------------- eigenspaces
+
+
+def eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Return eigenvalues [g, d] falling, negative ones set to 0, and eigenvectors [g, d, d].
+
+    Float64 always; on the GPU only where it pays, and again on the CPU if its solver gives up.
+    """
+    home = matrix.device
+    if home.type != "cpu" and not (home.type == "cuda" and matrix.shape[-1] > GPU_EIGH):
+        matrix = matrix.cpu()
+    try:
+        values, vectors = torch.linalg.eigh(matrix)
+    except RuntimeError:  # LinAlgError is one
+        values, vectors = torch.linalg.eigh(matrix.cpu())
+    return values.flip(-1).clamp(min=0).to(home), vectors.flip(-1).to(home)
+
+
+def energy_rank(eigenvalues: Tensor, eps: float, rule: Rule = "reach") -> int:
+    """Return how many of the falling eigenvalues λ (d,) hold the share `eps` of their sum.
+
+    `reach`: the smallest r with Σ_{i≤r} λ_i ≥ eps·Σλ; eps = 1 counts all λ_i > 1e-12·λ_1. `below`:
+    the number of r with Σ_{i≤r} λ_i < eps·Σλ, one less, as published code counts.
+
+    >>> [energy_rank(torch.tensor([0.98, 0.01, 0.01]), eps) for eps in (0.97, 0.985, 1.0)]
+    [1, 2, 3]
+    >>> energy_rank(torch.tensor([0.98, 0.01, 0.01]), 0.97, "below")
+    0
+    """
+    values = eigenvalues.double()
+    total = float(values.sum())
+    if total <= 0:
+        return 0
+    kept = values.cumsum(0) / total
+    if rule == "below":
+        return int((kept < eps).sum())
+    if eps >= 1:
+        return int((values > SLACK * values[0]).sum())
+    return min(int((kept < eps - SLACK).sum()) + 1, len(values))
+
+
+@dataclass(frozen=True)
+class Basis:
+    """An orthonormal basis per group whose first `ranks[i]` vectors span what must be kept.
+
+    `vectors` [g, d, w], w = d or, for a sequential merge, the highest rank; `eigenvalues` [g, d] of
+    the merged Gram, falling (empty for a sequential merge); `energies` [B] the share of tr G_b that
+    the span keeps of every bucket (NaN for an empty one).
+    """
+
+    vectors: Tensor
+    eigenvalues: Tensor
+    ranks: tuple[int, ...]
+    energies: Tensor
+
+    @property
+    def d(self) -> int:
+        """Width of a column."""
+        return self.vectors.shape[1]
+
+    @property
+    def free(self) -> int:
+        """Directions left to updates, summed over the groups."""
+        return sum(self.d - rank for rank in self.ranks)
+
+
+def balanced_basis(grams: Sequence[Gram], weights: Sequence[float], eps: float) -> Basis:
+    """Return the class-balanced subspace that keeps the share `eps` of every bucket's energy.
+
+    M = Σ_b k_b·G_b / tr G_b with `weights` k; V its eigenvectors, eigenvalues falling;
+    C_b(r) = Σ_{i≤r} v_iᵀ G_b v_i / tr G_b; r the smallest with min_b C_b(r) ≥ eps − 1e-12
+    (eps = 1: the rank of M), raised to the end of an eigenspace that the cut would split. The sum
+    does not depend on the order of the buckets. Buckets without energy do not count; a group where
+    no bucket has any gets rank 0.
+
+    `grams` is read three times, one item at a time, so a lazy sequence saves memory.
+
+    Raises:
+        ValueError: no Gram at all.
+    """
+    merged: Tensor | None = None
+    for gram, weight in zip(grams, weights, strict=True):
+        part = weight * gram.matrix / _positive(gram.trace)[:, None, None]
+        merged = part if merged is None else merged + part
+    if merged is None:
+        raise ValueError("balanced_basis: expected at least one Gram, got none")
+    values, vectors = eigh(merged)
+    groups = len(values)
+    ranks = [energy_rank(row, 1.0) for row in values] if eps >= 1 else [0] * groups
+    if eps < 1:
+        for gram in grams:
+            found = _ranks_of(gram, vectors, eps)
+            ranks = [max(pair) for pair in zip(ranks, found, strict=True)]
+    ranks = [_whole_eigenspace(row, rank) for row, rank in zip(values.tolist(), ranks, strict=True)]
+    basis = Basis(vectors, values, tuple(ranks), torch.empty(0))
+    return Basis(vectors, values, basis.ranks, torch.stack([energy(basis, gram) for gram in grams]))
+
+
+def _positive(trace: Tensor) -> Tensor:
+    return torch.where(trace > 0, trace, torch.ones_like(trace))
+
+
+def _ranks_of(gram: Gram, vectors: Tensor, eps: float) -> list[int]:
+    """Return per group the smallest r with Σ_{i≤r} v_iᵀ G v_i ≥ (eps − 1e-12)·tr G.
+
+    Vectors are tried in growing blocks, because a small part of them holds most of the energy.
+    """
+    trace, d = gram.trace, vectors.shape[-1]
+    goal = (eps - SLACK) * trace
+    held = torch.zeros_like(trace)
+    ranks = torch.zeros_like(trace, dtype=torch.int64)
+    open_ = trace > 0
+    start, width = 0, 64
+    while bool(open_.any()) and start < d:
+        block = vectors[..., start : start + width]
+        kept = held[:, None] + ((gram.matrix @ block) * block).sum(-2).cumsum(-1)
+        ranks = torch.where(open_, ranks + (kept < goal[:, None]).sum(-1), ranks)
+        held = kept[:, -1]
+        reached = held >= goal
+        ranks = torch.where(open_ & reached, ranks + 1, ranks)
+        open_ = open_ & ~reached
+        start, width = start + width, 2 * width
+    return ranks.clamp(max=d).tolist()
+
+
+def _whole_eigenspace(values: Sequence[float], rank: int) -> int:
+    while 0 < rank < len(values) and values[rank] >= (1 - CLUSTER) * values[rank - 1]:
+        rank += 1
+    return rank
+
+
+def pooled_basis(gram: Gram, eps: float, rule: Rule = "reach") -> Basis:
+    """Return the leading eigenspace of one Gram by :func:`energy_rank`, group by group."""
+    values, vectors = eigh(gram.matrix)
+    ranks = tuple(energy_rank(row, eps, rule) for row in values)
+    basis = Basis(vectors, values, ranks, torch.empty(0))
+    return Basis(vectors, values, ranks, energy(basis, gram)[None])
+
+
+def gpm_basis(grams: Sequence[Gram], thresholds: Sequence[float], rule: Rule = "reach") -> Basis:
+    """Return the sequentially merged subspace of Gram matrices in their given order.
+
+    First: the leading eigenvectors of G_1 by `rule`. Then, with P = I − U Uᵀ and G' = P G_c P:
+    a = 1 − tr G'/tr G_c; the eigenvectors of G' are appended in falling order while a < thresholds
+    [c], each adding its eigenvalue / tr G_c to a; at most d in all. From the Gram matrices alone
+    this is what an SVD of the raw columns gives. The result depends on the order.
+    """
+    groups, d = grams[0].total.shape
+    spans = []
+    for group in range(groups):
+        span = grams[0].matrix.new_zeros(d, 0)
+        for at, (gram, eps) in enumerate(zip(grams, thresholds, strict=True)):
+            span = _extended(span, gram.matrix[group], eps, rule if at == 0 else None)
+        spans.append(span)
+    ranks = tuple(span.shape[1] for span in spans)
+    vectors = grams[0].matrix.new_zeros(groups, d, max(ranks))
+    for group, span in enumerate(spans):
+        vectors[group, :, : span.shape[1]] = span
+    basis = Basis(vectors, vectors.new_zeros(groups, 0), ranks, torch.empty(0))
+    energies = torch.stack([energy(basis, gram) for gram in grams])
+    return Basis(vectors, basis.eigenvalues, ranks, energies)
+
+
+def _extended(span: Tensor, matrix: Tensor, eps: float, first: Rule | None) -> Tensor:
+    """Return `span` [d, r] with the eigenvectors of what it leaves of `matrix` that `eps` needs."""
+    total = float(matrix.diagonal().sum())
+    if total <= 0:
+        return span
+    if first is not None:
+        values, vectors = eigh(matrix[None])
+        return vectors[0][:, : energy_rank(values[0], eps, first)]
+    inside = span @ (span.mT @ matrix)
+    rest = matrix - inside - inside.mT + span @ (span.mT @ matrix @ span) @ span.mT
+    values, vectors = eigh((rest + rest.mT)[None] / 2)
+    held = 1 - float(rest.diagonal().sum()) / total
+    before = held + torch.cat([values[0].new_zeros(1), values[0].cumsum(0)[:-1]]) / total
+    count = min(int((before < eps).sum()), len(matrix) - span.shape[1])
+    fresh = vectors[0][:, :count]
+    fresh = fresh - span @ (span.mT @ fresh)  # exactly orthogonal to the span, rounding aside
+    return torch.cat([span, torch.linalg.qr(fresh)[0]], dim=1)
+
+
+def energy(basis: Basis, gram: Gram) -> Tensor:
+    """Return the share of a Gram's energy that the span keeps, Σ_groups tr(UᵀGU) / Σ tr G."""
+    total = gram.trace.sum()
+    kept = gram.trace - residual(basis, gram)
+    return kept.sum() / total if total > 0 else total.new_tensor(math.nan)
+
+
+def worst_energy(basis: Basis) -> float:
+    """Return the smallest share that any bucket keeps; NaN without a bucket of energy."""
+    known = basis.energies[~basis.energies.isnan()]
+    return float(known.min()) if len(known) else math.nan
+
+
+def residual(basis: Basis, gram: Gram) -> Tensor:
+    """Return the energy outside the span per group [g], tr G − tr(UᵀGU) = ‖P X‖²_F, at least 0.
+
+    Where the difference would cancel it is summed over the complement instead.
+    """
+    width = max(basis.ranks, default=0)
+    span = _spans(basis.vectors[..., :width], basis.ranks)
+    total = gram.trace
+    left = total - ((gram.matrix @ span) * span).sum((-2, -1))
+    if bool((left < 1e-6 * total).any()):
+        rest = complement(basis)
+        left = ((gram.matrix @ rest) * rest).sum((-2, -1))
+    return left.clamp(min=0)
+
+
+def _spans(vectors: Tensor, ranks: Sequence[int]) -> Tensor:
+    """Return the vectors [g, d, w] with the columns from `ranks[i]` on set to 0."""
+    used = torch.tensor(ranks, device=vectors.device)[:, None]
+    inside = torch.arange(vectors.shape[-1], device=vectors.device)[None] < used
+    return torch.where(inside[:, None], vectors, torch.zeros_like(vectors))
+
+
+def complement(basis: Basis) -> Tensor:
+    """Return a basis N of what is left [g, d, w]; ragged groups are filled up with zero columns."""
+    groups, d, width = basis.vectors.shape
+    free = [d - rank for rank in basis.ranks]
+    rest = basis.vectors.new_zeros(groups, d, max(free, default=0))
+    for group, (rank, count) in enumerate(zip(basis.ranks, free, strict=True)):
+        if not count:
+            continue
+        vectors = basis.vectors[group]
+        if width < d:
+            vectors = torch.linalg.qr(vectors[:, :rank], mode="complete")[0]
+        rest[group, :, :count] = vectors[:, rank:]
+    return rest
+
+
+# --------------------------------------------------------------------------- projectors
+
+
+@dataclass(frozen=True)
+class Projector:
+    """P = I − U Uᵀ = N Nᵀ, kept as the thinner factor [g, d, w] and never as a d×d matrix.
+
+    `apply` costs 4·o·d·w flops instead of 2·o·d².
+    """
+
+    factor: Tensor
+    keeps_free: bool
+    ranks: tuple[int, ...]
+
+    @classmethod
+    def from_basis(cls, basis: Basis, dtype: torch.dtype = torch.float64) -> Projector:
+        """Return the projector onto the complement of the basis, in at least float32."""
+        if dtype not in (torch.float32, torch.float64):
+            dtype = torch.float32
+        free = max((basis.d - rank for rank in basis.ranks), default=0)
+        span = max(basis.ranks, default=0)
+        if span <= free:
+            factor = _spans(basis.vectors[..., :span], basis.ranks)
+            return cls(factor.to(dtype), False, basis.ranks)
+        return cls(complement(basis).to(dtype), True, basis.ranks)
+
+    @property
+    def free(self) -> int:
+        """Directions left, summed over the groups."""
+        return sum(self.factor.shape[1] - rank for rank in self.ranks)
+
+    def apply(self, rows: Tensor) -> Tensor:
+        """Return M P for rows M [g, o, d]."""
+        inside = (rows @ self.factor) @ self.factor.mT
+        return inside if self.keeps_free else rows - inside
+
+    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Projector:
+        """Return the projector on another device or in another precision."""
+        return Projector(self.factor.to(device, dtype), self.keeps_free, self.ranks)
+
+
+# --------------------------------------------------------------------------- drift
+
+
+def moved(update: Tensor, gram: Gram) -> float:
+    """Return ‖ΔW X‖_F = √tr(ΔW G ΔWᵀ) for an update [g, o, d], from the Gram alone."""
+    wide = update.to(gram.matrix.device, torch.float64)
+    return math.sqrt(max(float(((wide @ gram.matrix) * wide).sum()), 0.0))
+
+
+def drift(update: Tensor, weight: Tensor, gram: Gram) -> float:
+    """Return δ = ‖ΔW X‖_F / ‖W X‖_F, the relative change of a layer's response to the columns.
+
+    A response of 0 that starts to move gives infinity; one that stays 0 gives 0.
+    """
+    change, response = moved(update, gram), moved(weight, gram)
+    if response > 0:
+        return change / response
+    return math.inf if change > 0 else 0.0
+
+
+def spectral_norms(update: Tensor) -> Tensor:
+    """Return ‖ΔW‖₂ per group [g], float64."""
+    wide = update.double()
+    if wide.shape[-2] > wide.shape[-1]:
+        wide = wide.mT
+    largest: Tensor = torch.linalg.eigvalsh(wide @ wide.mT)[..., -1]
+    return largest.clamp(min=0).sqrt()
+
+
+def drift_bound(update: Tensor, left: Tensor) -> float:
+    """Return √Σ_groups ‖ΔW‖₂²·left ≥ ‖ΔW P X‖_F, `left` from :func:`residual`."""
+    norms = spectral_norms(update)
+    return math.sqrt(float((norms**2 * left.to(norms.device)).sum()))
+
+
+def largest_sine(first: Tensor, second: Tensor) -> float:
+    """Return the sine of the largest principal angle between two orthonormal bases [d, r].
+
+    Computed as ‖(I − A Aᵀ) B‖₂, which is exact for small angles; bases of unequal width give 1.
+
+    >>> largest_sine(torch.eye(3)[:, :1], torch.eye(3)[:, 1:2])
+    1.0
+    """
+    if first.shape != second.shape:
+        return 1.0
+    if first.shape[1] == 0:
+        return 0.0
+    a, b = first.double(), second.double()
+    return float(torch.linalg.matrix_norm(b - a @ (a.mT @ b), ord=2))
