@@ -191,6 +191,7 @@ def fit(
     epochs: int,
     lr: float,
     optimizer: Literal["sgd", "adam", "adamw"] | None = None,
+    momentum: tuple[float, bool] | None = None,
     weight_decay: float | None = None,
     max_grad_norm: float | None = None,
     schedule: Callable[[float], float] | None = None,
@@ -203,10 +204,10 @@ def fit(
 
     Every item is one optimiser step: the losses of its micro-batches are back-propagated, gradients
     summed over processes, `before_step` called (gradients are final but for clipping), clipped,
-    stepped, `after_step` called. The optimiser's class, momentum and weight decay are the recipe's
-    unless given, the number of micro-batches the context's. `schedule(epochs done, a float)`
-    multiplies `lr`. `on_epoch_end` returning True stops; so does the context's budget, within one
-    step.
+    stepped, `after_step` called. The optimiser's class, `momentum` (and whether it is Nesterov's)
+    and weight decay are the recipe's unless given, the number of micro-batches the context's.
+    `schedule(epochs done, a float)` multiplies `lr`. `on_epoch_end` returning True stops; so does
+    the context's budget, within one step.
 
     Raises:
         DivergedError: a loss is not finite.
@@ -215,7 +216,7 @@ def fit(
     parameters = [p for p in model.parameters() if p.requires_grad]
     if epochs <= 0 or not parameters:
         return
-    inner = _optimizer(parameters, context.recipe, lr, optimizer, weight_decay)
+    inner = _optimizer(parameters, context.recipe, lr, optimizer, momentum, weight_decay)
     stepper = AcceleratedOptimizer(inner, scaler=device.scaler) if context.accelerator else inner
     stepper.zero_grad()
     per_epoch = sum(len(stage) for stage in stages)
@@ -247,16 +248,18 @@ def _optimizer(
     recipe: Recipe,
     lr: float,
     kind: str | None,
+    momentum: tuple[float, bool] | None,
     weight_decay: float | None,
 ) -> torch.optim.Optimizer:
     kind = kind or recipe.optimizer
+    speed, nesterov = momentum or (recipe.momentum, recipe.nesterov)
     decay = recipe.weight_decay if weight_decay is None else weight_decay
     if kind == "sgd":
         return torch.optim.SGD(
             parameters,
             lr=lr,
-            momentum=recipe.momentum,
-            nesterov=recipe.nesterov and recipe.momentum > 0,
+            momentum=speed,
+            nesterov=nesterov and speed > 0,
             weight_decay=decay,
         )
     family = torch.optim.Adam if kind == "adam" else torch.optim.AdamW
@@ -571,8 +574,30 @@ def reduce_sum(tensor: Tensor, device: Accelerator | None) -> Tensor:
     return summed
 
 
-def broadcast(value: Any, device: Accelerator | None) -> Any:
-    """Return the main process's `value` on every process."""
+def broadcast(value: Any, device: Accelerator | None, source: int = 0) -> Any:
+    """Return the `value` of process `source` on every process, to the bit."""
     if device is None or device.num_processes == 1:
         return value
-    return broadcast_object_list([value])[0]
+    return broadcast_object_list([value], from_process=source)[0]
+
+
+def world(device: Accelerator | None) -> int:
+    """Return the number of processes."""
+    return 1 if device is None else int(device.num_processes)
+
+
+def rank(device: Accelerator | None) -> int:
+    """Return the number of this process, from 0."""
+    return 0 if device is None else int(device.process_index)
+
+
+def barrier(device: Accelerator | None) -> None:
+    """Wait until every process is here."""
+    if device is not None and device.num_processes > 1:
+        device.wait_for_everyone()
+
+
+def everywhere(flag: bool, device: Accelerator | None) -> bool:
+    """Return whether `flag` holds on every process."""
+    votes = reduce_sum(torch.tensor(float(flag)), device)
+    return int(votes) == world(device)

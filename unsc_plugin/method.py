@@ -31,6 +31,7 @@ from unsc_plugin.errors import (
     DivergedError,
     ForgetSetError,
     FrozenChanged,
+    NotApplicable,
     ScenarioNotSupported,
     SplitAccessError,
     WeightsNotSupported,
@@ -66,6 +67,7 @@ __all__ = [
     "Weights",
     "from_function",
     "option",
+    "state_sha256",
 ]
 
 
@@ -484,6 +486,18 @@ class UnlearningTask(Context):
         labels = torch.empty(0, dtype=torch.int64) if rows is None else rows.labels
         return torch.bincount(labels, minlength=self.num_classes)
 
+    def samples(self, split: Split | Literal["forget", "retain", "val"]) -> tuple[Tensor, Tensor]:
+        """Return which samples a split holds, (index, labels) int64 (n,); not an opening."""
+        rows = self._rows[Split(split)]
+        empty = torch.empty(0, dtype=torch.int64)
+        return (empty, empty) if rows is None else (rows.index, rows.labels)
+
+    def warn(self, message: str) -> None:
+        """Tell the user something about the request; it is kept as `stats["warnings"]`."""
+        known = self.stats.get("warnings", [])
+        if message not in known:
+            self.stats["warnings"] = [*known, message]
+
     def size(self, split: Split | Literal["forget", "retain", "val"]) -> int:
         """Return the number of rows of a split; not an opening."""
         rows = self._rows[Split(split)]
@@ -648,6 +662,14 @@ class UnlearningMethod(abc.ABC):
         """Compute what need not be repeated (masks, subspaces); found as `task.prepared`."""
         return None
 
+    def diagnose(self, model: nn.Module, task: UnlearningTask) -> Mapping[str, Any]:
+        """Return what can be known before a single step: a `table` of rows, `warnings`, notes.
+
+        Raises:
+            NotApplicable: the method has no such diagnosis.
+        """
+        raise NotApplicable(f"{self.name} has no pre-flight diagnosis")
+
     @classmethod
     def search_space(cls) -> dict[str, tuple[float, float, str]]:
         """Return (low, high, scale) of every setting that a tuner may search."""
@@ -663,6 +685,18 @@ class UnlearningMethod(abc.ABC):
         """
         self._accept(task, seed)
         return self._prepare(model, task, seed, self._mark(model, task, seed))
+
+    @final
+    def preflight(self, model: nn.Module, task: UnlearningTask, seed: int) -> Mapping[str, Any]:
+        """Run :meth:`diagnose` alone, on a private copy and with guarded splits.
+
+        Raises:
+            UnscError: the request is one that the method does not accept.
+        """
+        self._accept(task, seed)
+        guarded = task.guarded(self.needs, seed)
+        with sealed(seed):
+            return self.diagnose(self._private(model, guarded), guarded)
 
     @final
     def unlearn(

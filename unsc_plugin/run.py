@@ -181,7 +181,7 @@ class Setting:
             micro_batches=self.pool.micro_batches,
             progress=progress,
             cache=self.pool.root,
-            data_fingerprint=f"{self.data}|{self.splits.info.labels_sha256}",
+            data_fingerprint=f"{self.data}|{self.content}",
         )
 
     def original_test_accuracy(self, member: Member, model: nn.Module) -> float:
