@@ -65,12 +65,6 @@ class NoFreeDirections(NotApplicable):
     """No layer has a direction that the retained data leave free."""
 
 
-class NonFiniteError(UnscError, ArithmeticError):
-    """Activations or logits of the given model that are not finite."""
-
-    exit_code = 1
-
-
 class GramMismatch(UnscError, ValueError):
     """Stored Gram matrices that belong to another model or to other data."""
 
@@ -120,6 +114,10 @@ class DivergedError(UnscError, ArithmeticError):
         super().__init__(message)
         self.step = step
         self.loss = loss
+
+
+class NonFiniteError(DivergedError):
+    """Activations or logits of the given model that are not finite."""
 
 
 class UnknownName(UnscError, LookupError):

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils import parametrize
 
-from unsc_plugin.errors import ConfigError, nearest
+from unsc_plugin.errors import ConfigError, NonFiniteError, nearest
 from unsc_plugin.linalg import CHUNK, Gram
 
 Kind = Literal["linear", "conv", "transposed", "conv1d"]
@@ -356,12 +356,20 @@ def verify(model: nn.Module, inputs: Inputs, chosen: Sequence[View]) -> dict[str
 
     A view holds if its modules all fire and ‖W·columns(x) + b − y‖_F ≤ 1e-4·‖y‖_F (1e-9 in float64)
     at every call.
+
+    Raises:
+        NonFiniteError: the outputs of a layer are not finite.
     """
     wrong: dict[str, str] = {}
     fired: set[str] = set()
 
     def seen(view: View, module: nn.Module, x: Tensor, y: Tensor) -> None:
         fired.update(name for name in view.modules if model.get_submodule(name) is module)
+        if not bool(torch.isfinite(y).all()):
+            raise NonFiniteError(
+                f"the outputs of layer {view.name} are not finite; the model or the data hold NaN "
+                "or infinity"
+            )
         error = _mismatch(view, module, x, y)
         if not error <= TOLERANCE.get(x.dtype, SINGLE):
             wrong[view.parameter] = f"its output is not W·x + b (relative error {error:.1e})"

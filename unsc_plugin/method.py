@@ -654,6 +654,11 @@ class UnlearningMethod(abc.ABC):
     def __init__(self, **settings: Any) -> None:
         self.config = build_config(self.Config, settings)
 
+    @property
+    def opens(self) -> frozenset[Split]:
+        """Splits that a run with this configuration may open: `needs`, or fewer."""
+        return self.needs
+
     @abc.abstractmethod
     def run(self, model: nn.Module, task: UnlearningTask) -> nn.Module:
         """Unlearn on `model`, a private copy on the task's device, and return the model."""
@@ -694,7 +699,7 @@ class UnlearningMethod(abc.ABC):
             UnscError: the request is one that the method does not accept.
         """
         self._accept(task, seed)
-        guarded = task.guarded(self.needs, seed)
+        guarded = task.guarded(self.opens, seed)
         with sealed(seed):
             return self.diagnose(self._private(model, guarded), guarded)
 
@@ -719,7 +724,7 @@ class UnlearningMethod(abc.ABC):
                 "prepared() with the same arguments"
             )
         memory = PeakMemory(task.device)
-        guarded = task.guarded(self.needs, seed)
+        guarded = task.guarded(self.opens, seed)
         try:
             prepared = prepared or self._prepare(model, task, seed, "")
             guarded.take(prepared)
@@ -763,7 +768,7 @@ class UnlearningMethod(abc.ABC):
                 f"{self.name} knows sets only, got soft weights; harden them explicitly with "
                 "forget.threshold (Weights.harden): S_f = {ε <= -τ}"
             )
-        required = set(self.needs - self.optional)
+        required = set(self.opens - self.optional)
         if task.weights is None and task._rows[Split.FORGET] is not None:
             required.add(Split.FORGET)
         for split in sorted(required):
@@ -780,7 +785,7 @@ class UnlearningMethod(abc.ABC):
 
     def _prepare(self, model: nn.Module, task: UnlearningTask, seed: int, mark: str) -> Prepared:
         """Run `prepare` on a copy and a task of its own, so that only its state is left."""
-        guarded = task.guarded(self.needs, seed)
+        guarded = task.guarded(self.opens, seed)
         if type(self).prepare is UnlearningMethod.prepare:
             return Prepared(None, mark, 0.0, 0, frozenset(), {}, {})
         with sealed(seed):

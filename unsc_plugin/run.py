@@ -573,7 +573,7 @@ def _config_of(setting: Setting, unit: Unit) -> tuple[dict[str, Any], list[str]]
         method = setting.registry.create(unit.entry.method, **unit.entry.set)
     except UnscError:
         return dict(unit.entry.set), []
-    return dataclasses.asdict(method.config), sorted(str(split) for split in method.needs)
+    return dataclasses.asdict(method.config), sorted(str(split) for split in method.opens)
 
 
 def _cost(

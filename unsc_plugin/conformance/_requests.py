@@ -38,9 +38,9 @@ def access(trial: Trial) -> str:
     run, seen, _ = _watched(trial)
     forget, retain = (set(part.tolist()) for part in split(run.case.problem.train, trial.scenario))
     owned = {Split.FORGET: forget, Split.RETAIN: retain}
-    undeclared = [name for name in owned if name not in trial.kind.needs and seen & owned[name]]
+    undeclared = [name for name in owned if name not in trial.opens and seen & owned[name]]
     expect(not undeclared, f"rows of {', '.join(undeclared)} are read: not in `needs`")
-    unread = [n for n in owned if n in trial.kind.needs and not run.result.read.get(n)]
+    unread = [n for n in owned if n in trial.opens and not run.result.read.get(n)]
     expect(not unread, f"{', '.join(unread)} is in `needs`, but never read")
     strange = seen - forget - retain
     expect(not strange, f"{len(strange)} rows are read that are in no split")
@@ -52,14 +52,14 @@ def access(trial: Trial) -> str:
 
 def reads_forget(trial: Trial) -> bool:
     """Return whether the method declares the forget set."""
-    return Split.FORGET in trial.kind.needs
+    return Split.FORGET in trial.opens
 
 
 def no_test(trial: Trial) -> str:
     """Validation rows are read only if declared, and no data set is opened past the task."""
     with _closed_doors():
         _, _, validation = _watched(trial)
-    needed = Split.VAL in trial.kind.needs
+    needed = Split.VAL in trial.opens
     expect(needed or not validation, "validation rows are read, which are not in `needs`")
     expect(not needed or bool(validation), "val is in `needs`, but never read")
     return f"{len(validation)} validation rows read"

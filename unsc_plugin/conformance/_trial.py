@@ -28,7 +28,7 @@ from unsc_plugin.conformance._toys import (
 from unsc_plugin.errors import ConfigError, NotApplicable, UnscError
 from unsc_plugin.method import Result, UnlearningMethod, from_function
 from unsc_plugin.registry import Named, Registry, load
-from unsc_plugin.spec import MethodEntry, Scenario
+from unsc_plugin.spec import MethodEntry, Scenario, Split
 
 SEED = 5
 PREFERRED = [Scenario.RANDOM, Scenario.CLASS, Scenario.SUBCLASS, Scenario.WEIGHTED]
@@ -111,6 +111,11 @@ class Trial:
     def settings(self) -> dict[str, Any]:
         """Settings that the method is run with."""
         return {**self.defaults, **self.preset}
+
+    @cached_property
+    def opens(self) -> frozenset[Split]:
+        """Splits that a run with the settings may open."""
+        return self.method().opens
 
     @cached_property
     def accelerator(self) -> Any:

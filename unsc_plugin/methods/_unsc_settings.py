@@ -71,8 +71,11 @@ class Settings:
         None, "largest gradient norm, after projection", above=0, probe=1e-3
     )
     batch_size: int = option(64, "rows per step", low=1, probe=5)
-    epochs: int = option(50, "passes over the forget set at most", low=1, probe=1)
-    min_steps: int = option(100, "steps at least, unless the stop rule ends them", low=0, probe=7)
+    epochs: int = option(50, "passes over the forget set at most; 0: none", low=0, probe=0)
+    min_steps: int = option(
+        100, "steps for which epochs is stretched, unless the stop rule ends them", low=0,
+        inert="the stop rule may come first",
+    )  # fmt: skip
     stop_at: float | None = option(
         0.01, "stop when so few forget samples keep their label; None: all epochs", low=0, high=1,
         probe=1.0,

@@ -62,6 +62,14 @@ class UNSC(UnlearningMethod):
     scenarios = frozenset({Scenario.CLASS, Scenario.SUBCLASS, Scenario.RANDOM, Scenario.SEQUENTIAL})
     config: Settings
 
+    @property
+    def opens(self) -> frozenset[Split]:
+        """Retained data for subspaces, validation data for matched targets."""
+        config = self.config
+        matched = config.label == "pseudo" and config.instance_label == "matched"
+        retain = {Split.RETAIN} if config.projection else set()
+        return frozenset({Split.FORGET, *retain, *({Split.VAL} if matched else ())})
+
     def prepare(self, model: nn.Module, task: UnlearningTask) -> Subspaces | None:
         """Return the subspaces, from the store or by one pass over the data; None without them."""
         if not self.config.projection:
@@ -440,7 +448,8 @@ class _Trainer:
         if any(isinstance(module, nn.RNNBase) for module in model.modules()):
             torch.backends.cudnn.enabled = False  # cuDNN has no backward in eval mode
         projection = _Projection(model, self.found, config, task, self.before)
-        epochs = max(config.epochs, math.ceil(config.min_steps / max(len(loader), 1)))
+        stretched = math.ceil(config.min_steps / max(len(loader), 1))
+        epochs = max(config.epochs, stretched) if config.epochs else 0
         stage = engine.Stage(
             lambda epoch: self._items(loader, epoch),
             lambda m, batch: self._loss(m, batch, teacher),
