@@ -204,6 +204,7 @@ def run(
     data_dir: flags.DataDir = None,
     cache: flags.Cache = None,
     resume: flags.ResumeRun = False,
+    preflight: flags.Preflight = False,
     dry_run: flags.DryRun = False,
     plugin: flags.Plugins = None,
     as_json: flags.AsJson = False,
@@ -217,21 +218,29 @@ def run(
     weights = arguments.weights(reference)
     arguments.tracker(log_with)
     registry = _registry()
-    chosen = arguments.experiment(
-        registry,
-        spec=spec,
-        method=method,
-        names={"data": data, "model": model, "forget": forget, "seed": seed},
-        settings=settings,
-        recipe=recipe,
-        reference_pool=reference_pool,
-    )
-    maker = registry.create(chosen.method, **chosen.set)
+    tried = arguments.variants(settings) if preflight else [settings]
+    every = [
+        arguments.experiment(
+            registry,
+            spec=spec,
+            method=method,
+            names={"data": data, "model": model, "forget": forget, "seed": seed},
+            settings=one or None,
+            recipe=recipe,
+            reference_pool=reference_pool,
+        )
+        for one in tried
+    ]
+    chosen = every[0]
+    makers = [registry.create(one.method, **one.set) for one in every]
+    maker = makers[0]
     if dry_run:
         emit(arguments.resolved(registry, chosen).model_dump(mode="json", exclude_defaults=True))
         return
+    if preflight:
+        _check_diagnosis(maker)
     folder = out_dir or Path("runs") / arguments.folder_name(chosen)
-    if _complete(registry, chosen, folder, resume):
+    if not preflight and _complete(registry, chosen, folder, resume):
         return
     arguments.place(device, precision)
     from unsc_plugin import engine, pool
@@ -268,12 +277,15 @@ def run(
             tell=watch,
             groups=groups,
             mubench_original=original_from,
-            with_reference=reference == "auto",
+            with_reference=reference == "auto" and not preflight,
             reference=weights,
         )
         watch.epochs = dict.fromkeys(("original", "retrained"), setting.recipe.epochs)
         unit = pipeline.Unit(EntrySpec(method=chosen.method, set=chosen.set))
         _check_before_training(setting, unit, maker)
+        if preflight:
+            _diagnose(setting, unit, {_label(one): m for one, m in zip(every, makers, strict=True)})
+            return
         finished = pipeline.run_unit(setting, unit, catch=False)
         original = pipeline.evaluate_original(setting, unit)
     if not place.is_main_process:
@@ -286,6 +298,30 @@ def run(
     if finished.record.status != "ok":
         complain(f"{finished.record.status}: {finished.record.reason}")
         raise typer.Exit(1)
+
+
+def _check_diagnosis(method: UnlearningMethod) -> None:
+    from unsc_plugin.errors import NotApplicable
+    from unsc_plugin.method import UnlearningMethod
+
+    if type(method).diagnose is UnlearningMethod.diagnose:
+        raise NotApplicable(f"--preflight: {method.name} has no diagnosis; unsc has one")
+
+
+def _label(chosen: Experiment) -> str:
+    settings = " ".join(f"{key}={value}" for key, value in chosen.set.items())
+    return f"{chosen.method} on {chosen.data} with {chosen.model} {settings}".strip()
+
+
+def _diagnose(setting: Setting, unit: Unit, methods: dict[str, UnlearningMethod]) -> None:
+    from unsc_plugin import run as pipeline
+
+    found = {label: pipeline.diagnose(setting, unit, one) for label, one in methods.items()}
+    if state.as_json:
+        emit([{"run": label, **one} for label, one in found.items()])
+        return
+    for label, one in found.items():
+        views.show_preflight(label, one)
 
 
 def _check_before_training(setting: Setting, unit: Unit, method: UnlearningMethod) -> None:

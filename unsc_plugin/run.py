@@ -362,6 +362,20 @@ def run_unit(setting: Setting, unit: Unit, *, catch: bool = True) -> Finished:
         return Finished(_record(setting, unit, "failed", reason=f"{type(error).__name__}: {error}"))
 
 
+def diagnose(setting: Setting, unit: Unit, method: UnlearningMethod) -> dict[str, Any]:
+    """Return a method's pre-flight diagnosis of a unit (of its first request, in a sequence).
+
+    Raises:
+        UnscError: the method has none, or does not accept the request.
+    """
+    request = setting.request(unit.draw)
+    original = setting.original(unit.train_seed).load_into(setting.build(0))
+    if setting.pool.device is not None:
+        original = original.to(setting.pool.device.device)
+    task = setting.task(request.steps[0] if request.steps else request, None)
+    return dict(method.preflight(original, task, derive(setting.seed, "unlearn", unit.draw)))
+
+
 def _run(setting: Setting, unit: Unit) -> Finished:
     request, frame = setting.request(unit.draw), setting.frame(unit.draw)
     method = setting.registry.create(unit.entry.method, **unit.entry.set)

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from unsc_plugin._board.certificates import Certified, certified
 from unsc_plugin._board.study import (
     SHOWN,
     Array,
@@ -93,6 +94,7 @@ class Standings:
     problems: tuple[Problem, ...]
     retrain_seconds: Mapping[str, float | None]
     retrained_values: Mapping[str, float]
+    certificates: tuple[Certified, ...] = ()
 
     @property
     def rows(self) -> tuple[Row, ...]:
@@ -198,6 +200,7 @@ class _Builder:
             ranked=tuple(eligible),
             unranked=tuple(row for row in others if row.has_reference),
             without_reference=tuple(row for row in others if not row.has_reference),
+            certificates=certified(self.records),
             scenarios=tuple(_reordered(result, order) for result in results),
             problems=tuple(_problems(self.records)),
             retrain_seconds={s.scenario.name: s.retrain_seconds() for s in self.studies},

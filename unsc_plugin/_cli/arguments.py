@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import itertools
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -39,6 +40,21 @@ def pairs(flag: str, texts: Sequence[str] | None) -> dict[str, Any]:
             raise ConfigError(f"{flag}: {key} is given twice; keep one of them")
         found[key] = _number(parse_yaml(value, f"{flag} {key}").tree)
     return found
+
+
+def variants(texts: Sequence[str] | None) -> list[list[str]]:
+    """Return every combination of settings whose values are lists with commas, in their order.
+
+    >>> variants(["eps=.9,.97", "merge=pooled"])
+    [['eps=.9', 'merge=pooled'], ['eps=.97', 'merge=pooled']]
+    """
+    choices = []
+    for text in texts or []:
+        key, equals, value = text.partition("=")
+        many = equals and "," in value and value.lstrip()[:1] not in ("[", "{", "'", '"')
+        parts = value.split(",") if many else [value]
+        choices.append([f"{key}{equals}{part.strip() if many else part}" for part in parts])
+    return [list(chosen) for chosen in itertools.product(*choices)]
 
 
 def _number(value: Any) -> Any:

@@ -88,6 +88,9 @@ DataDir = Annotated[
 ]
 Cache = Annotated[Path | None, _option(WHERE, "DIR", "trained models; default UNSC_CACHE")]
 ResumeRun = Annotated[bool, _flag(WHERE, "--resume", "exit 0 if this very run is complete")]
+Preflight = Annotated[
+    bool, _flag(HOW, "--preflight", "diagnose before a single step; --set eps=.9,.97 tries several")
+]
 DryRun = Annotated[
     bool, _flag(WHERE, "--dry-run", "print the resolved experiment, a file for --spec")
 ]
