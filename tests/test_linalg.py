@@ -903,7 +903,7 @@ def test_the_thinner_factor_is_kept(rank, width):
 
 def test_the_factor_of_a_basis_without_an_end_is_found(case):
     """A sequential merge keeps its span only, so the complement must be completed."""
-    basis = gpm_basis([gram_of(decaying(20, 60))], [0.98])
+    basis = gpm_basis([gram_of(decaying(20, 60))], [0.993])
     assert 10 < basis.ranks[0] < 20
     by_span, by_rest = two_forms(basis)
     assert Projector.from_basis(basis).keeps_free

@@ -32,6 +32,7 @@ from unsc_plugin.spec import (
     BoardSpec,
     EntrySpec,
     EvaluationSpec,
+    MethodEntry,
     Recipe,
     canonical_json,
     fingerprint,
@@ -427,7 +428,23 @@ def summary(board: Board, records: Sequence[Record]) -> BoardSummary:
         bootstrap=how.bootstrap,
         cost_gate=how.cost_gate,
         weights={str(key): value for key, value in how.weights.items()},
+        notes=_missing_beside(board),
     )
+
+
+def _missing_beside(board: Board) -> tuple[str, ...]:
+    """Return a note per method whose own controls are not on the board."""
+    methods = load(board.plugins).methods
+    there = {entry.method for entry in board.spec.rows}
+    notes = {}
+    for entry in board.spec.rows:
+        name, _, tag = entry.method.partition(".")
+        known = methods[name].entry if name in methods else None
+        beside = known.beside if isinstance(known, MethodEntry) and not tag else ()
+        lacking = [one for one in beside if one not in there]
+        if lacking:
+            notes[name] = f"{name} says little without {', '.join(lacking)} beside it; add them"
+    return tuple(notes.values())
 
 
 def build(board: Board) -> Leaderboard:

@@ -356,6 +356,7 @@ class MethodEntry(Strict):
     requires: tuple[str, ...] = ()
     aliases: dict[str, str] = Field(default_factory=dict)
     known_as: dict[str, str] = Field(default_factory=dict)
+    beside: tuple[str, ...] = ()  # entries without which a board's row of the method says little
     defaults: dict[str, Any] = Field(default_factory=dict)
     presets: dict[Name, Preset] = Field(default_factory=dict)
 

@@ -353,7 +353,7 @@ class _Builder:
             for entry in ("retrain", "original")
             if not self.by_entry.get(entry)
         )
-        return scoring.Health(missing + health.failures, health.notes)
+        return scoring.Health(missing + health.failures, health.notes + self.board.notes)
 
     def _ranked(self, rows: Sequence[Row], complete: Sequence[str], replicates: Array) -> list[Row]:
         ranks = _rank_summaries(rows, complete, replicates, self.board.confidence)

@@ -59,6 +59,7 @@ class BoardSummary:
     bootstrap: int = 2000
     cost_gate: float = 0.2
     weights: Mapping[str, float] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
