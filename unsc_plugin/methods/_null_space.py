@@ -300,7 +300,7 @@ def _capture(
     sources = [task.rows(split) for split in (Split.RETAIN, Split.FORGET) if task.size(split)]
     rows = _joined(sources)
     wide = _for_capture(model, settings)
-    trial = _trial(rows, buckets, task)
+    trial = _widened(_trial(rows, task), wide)
     wrong = hooks.verify(wide, trial, views)
     covered = [view for view in views if view.parameter not in wrong]
     keep = task.modality == "text" and hooks.padding_matters(wide, trial)
@@ -330,7 +330,6 @@ def _grams_of(
     keep_padding: bool,
 ) -> dict[str, Gram]:
     """Return the Gram matrices of one bucket's rows, summed over the processes."""
-    dtype = next(model.parameters()).dtype
 
     def inputs() -> Iterator[dict[str, Tensor]]:
         for part in rows:
@@ -347,10 +346,8 @@ def _grams_of(
             for batch in loader:
                 real = batch.weight > 0  # a row that a process borrowed is another's
                 if bool(real.any()):
-                    yield {
-                        key: (value.to(dtype) if value.is_floating_point() else value)[real]
-                        for key, value in batch.inputs.items()
-                    }
+                    mine_only = {key: value[real] for key, value in batch.inputs.items()}
+                    yield _widened(mine_only, model)
 
     grams = hooks.collect_grams(
         model, inputs(), views, limits=limits, patches=settings.patches, keep_padding=keep_padding
@@ -361,6 +358,12 @@ def _grams_of(
         count = torch.tensor(float(gram.count), dtype=torch.float64)
         gram.count = int(engine.reduce_sum(count, task.accelerator))
     return grams
+
+
+def _widened(inputs: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """Return the inputs in the precision of the model's weights."""
+    dtype = next(model.parameters()).dtype
+    return {k: v.to(dtype) if v.is_floating_point() else v for k, v in inputs.items()}
 
 
 def _joined(sources: list[Rows]) -> list[Rows]:
@@ -379,7 +382,7 @@ def _in_bucket(rows: Rows, bucket: int, buckets: list[int], drawn: Tensor | None
     return rows.subset(chosen[torch.argsort(rows.index[chosen])])
 
 
-def _trial(rows: list[Rows], buckets: list[int], task: UnlearningTask) -> dict[str, Tensor]:
+def _trial(rows: list[Rows], task: UnlearningTask) -> dict[str, Tensor]:
     """Return the inputs that views are verified on: the same rows in every process."""
     first = rows[0]
     count = min(len(first), TRIED.get(task.modality, 16))

@@ -114,13 +114,17 @@ class UNSC(UnlearningMethod):
         dtypes = {name: tensor.dtype for name, tensor in _tensors(model)}
         if any(p.dtype in (torch.float16, torch.bfloat16) for p in model.parameters()):
             model.float()
+        cast = model.register_forward_pre_hook(_widened, prepend=True, with_kwargs=True)
         gone = found.gone if found else null_space.classes_gone(task)
         targets = Targets.of(model, task, config, gone)
         before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
         trained = _trainable(model, found, config)
         task.promise_frozen(before.keys() - trained)
         trainer = _Trainer(model, task, config, targets, found, before)
-        trainer.fit()
+        try:
+            trainer.fit()
+        finally:
+            cast.remove()
         for name, tensor in _tensors(model):
             _cast_back(model, name, tensor, dtypes[name])
         task.stats |= {"targets": targets.summary(), "stop": trainer.stop}
@@ -162,6 +166,16 @@ def _short(value: float) -> float | None:
 
 def _rounded(row: Mapping[str, Any]) -> dict[str, Any]:
     return {k: _short(v) if isinstance(v, float) else v for k, v in row.items()}
+
+
+def _widened(model: nn.Module, args: Any, inputs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Give inputs the precision of the weights, which may be wider than the model came in."""
+    dtype = next(model.parameters()).dtype
+    wide = {
+        key: value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
+        for key, value in inputs.items()
+    }
+    return args, wide
 
 
 def _tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
