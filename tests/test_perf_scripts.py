@@ -13,6 +13,16 @@ FOLDER = Path(__file__).parent.parent / "benchmarks" / "perf"
 SHORT = {
     "overhead.py": (["--rounds", "1", "--steps", "10"], {"ratio", "device"}),
     "metrics.py": (["--quick"], set()),
+    "unsc_subspace.py": (
+        ["--quick"],
+        {
+            "ratio_one_class",
+            "ratio_nine_classes",
+            "max_sine",
+            "second_request_ratio",
+            "second_request_retain_batches",
+        },
+    ),
 }
 
 

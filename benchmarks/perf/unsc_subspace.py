@@ -6,17 +6,25 @@ statistics settled on the images); layer l uses its first 24 to 256 images. Both
 counted, loading images is not. All seconds are CPU-seconds of this process, summed over threads.
 
 - published: the procedure in our own words. A Python loop copies window after window into a float64
-  matrix [d, N]; `numpy.linalg.svd` with full_matrices=False gives the first class's basis; every
-  further class takes two such SVDs, one of its columns (total energy) and one of what the basis so
-  far leaves of them (new directions). Measured on the first `--classes` classes; the classes after
-  that are counted with the seconds of the last measured one (linear extrapolation).
+  matrix [d, N]; `numpy.linalg.svd` with full_matrices=False (numpy's own BLAS) gives the first
+  class's basis; every further class takes two such SVDs, one of its columns (total energy) and one
+  of what the basis so far leaves of them (new directions). Measured on the first `--classes`
+  classes; those after them count with the seconds of the last measured one (linear extrapolation).
 - ours: `hooks.collect_grams` (float32 products, float64 sums) and `linalg.gpm_basis` with the same
   thresholds, .97 + .003·class, and the same rule, so that ranks must be equal. One class: the
   median of three runs. Nine classes: all of them are measured.
 
 `max_sine` is the largest sine of a principal angle between both sides' first-class subspaces, over
-the layers. Images are CIFAR-10's where UNSC_DATA_DIR names them, else seeded images with a 1/f
-spectrum. Targets: one class at least 12 times, nine classes at least 70 times, sine at most 1e-5.
+the layers; rounding of relative size u in a Gram turns the subspace by about u/gap, the gap of its
+eigenvalues at the cut over the first one. `max_sine_float64` is the same with our products in
+float64, of the same inputs. Images are CIFAR-10's where UNSC_DATA_DIR names them, else seeded
+images with a 1/f spectrum. Targets: one class at least 12 times, nine classes at least 70 times,
+sine at most 1e-5.
+
+A second request: what `unsc` (default settings, so real patches and all images in all layers)
+prepares for forgetting class 3, and then, Gram matrices stored, for class 5 on the same model: CPU-
+seconds of the first over those of the second, and batches with retained images that the second
+read.
 
     python benchmarks/perf/unsc_subspace.py [--json] [--quick] [--classes 3] [--threads 1]
 """
@@ -24,12 +32,16 @@ spectrum. Targets: one class at least 12 times, nine classes at least 70 times, 
 from __future__ import annotations
 
 import argparse
+import copy
+import hashlib
 import json
 import os
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -39,7 +51,10 @@ from torch.nn.modules import module as torch_modules
 
 from unsc_plugin import data, registry
 from unsc_plugin.hooks import View, collect_grams, views
-from unsc_plugin.linalg import Gram, gpm_basis, largest_sine
+from unsc_plugin.linalg import Gram, eigh, gpm_basis, largest_sine
+from unsc_plugin.method import Recipe, Scenario, UnlearningTask
+from unsc_plugin.rows import Rows
+from unsc_plugin.runtime import warm_up
 
 RETAINED = (0, 1, 2, 4, 5, 6, 7, 8, 9)
 """Classes in the order of the merge; class 3 is the forgotten one."""
@@ -68,7 +83,14 @@ def threshold(label: int) -> float:
 # --------------------------------------------------------------------------- network and images
 
 
-def all_convolutional(narrow: int, wide: int, side: int) -> nn.Sequential:
+class Net(nn.Sequential):
+    """Modules one after the other, called as backbones are."""
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        return super().forward(pixel_values)
+
+
+def all_convolutional(narrow: int, wide: int, side: int) -> Net:
     """Return 7 convolutions of 3x3, the third and sixth of stride 2, one of 1x1, and a head."""
     sizes = [(3, narrow, 1), (narrow, narrow, 1), (narrow, wide, 2), (wide, wide, 1)]
     sizes += [(wide, wide, 1), (wide, wide, 2), (wide, wide, 1)]
@@ -77,10 +99,10 @@ def all_convolutional(narrow: int, wide: int, side: int) -> nn.Sequential:
         layers += [nn.Conv2d(before, after, 3, stride, 1), nn.BatchNorm2d(after), nn.ReLU()]
     layers += [nn.Conv2d(wide, wide, 1), nn.BatchNorm2d(wide), nn.ReLU()]
     layers += [nn.AvgPool2d(side // 4), nn.Flatten(), nn.Linear(wide, 10)]
-    return nn.Sequential(*layers)
+    return Net(*layers)
 
 
-def settled(setting: Setting, images: Sequence[Tensor]) -> nn.Sequential:
+def settled(setting: Setting, images: Sequence[Tensor]) -> Net:
     """Return the network with random weights and the BatchNorm statistics of some images."""
     torch.manual_seed(0)
     model = all_convolutional(*setting.widths, setting.side)
@@ -165,9 +187,8 @@ def timed_grams(
     ]
     try:
         limits = {view.parameter: count for view, count in zip(chosen, samples, strict=True)}
-        grams = collect_grams(
-            model, [{"input": images}], chosen, limits=limits, patches="interior"
-        )
+        batches = [{"pixel_values": images}]
+        grams = collect_grams(model, batches, chosen, limits=limits, patches="interior")
     finally:
         for handle in handles:
             handle.remove()
@@ -283,6 +304,23 @@ def one_class(
     return clock, grams, spans
 
 
+def exact_spans(model: nn.Module, chosen: Sequence[View], inputs: list[np.ndarray]) -> list[Tensor]:
+    """Return the first class's bases from float64 products, one layer at a time."""
+    spans = []
+    for view, entered in zip(chosen, inputs, strict=True):
+        layer = copy.deepcopy(model.get_submodule(view.name)).double()
+        alone, _ = views(layer)
+        batch = {"input": torch.from_numpy(entered).double()}
+        grams = collect_grams(layer, [batch], alone, patches="interior")
+        spans.append(merged([grams[alone[0].parameter]], RETAINED[:1]))
+    return spans
+
+
+def gap(gram: Gram, rank: int) -> float:
+    values = eigh(gram.matrix)[0][0]
+    return float((values[rank - 1] - values[rank]) / values[0]) if 0 < rank < len(values) else 1.0
+
+
 def merged(grams: Sequence[Gram], labels: Sequence[int]) -> Tensor:
     basis = gpm_basis(grams, [threshold(label) for label in labels], rule="below")
     return basis.vectors[0, :, : basis.ranks[0]]
@@ -301,16 +339,17 @@ def all_classes(
     return clock.total, grams
 
 
-def subspaces(setting: Setting, images: list[Tensor], classes: int) -> dict[str, object]:
+def subspaces(
+    model: nn.Module, setting: Setting, images: list[Tensor], classes: int
+) -> dict[str, object]:
     """Measure both sides; keys of `table` are d, N, seconds and ranks of every layer."""
-    model = settled(setting, images)
     chosen, _ = views(model)
 
     def draw(labels: Sequence[int] = RETAINED) -> Iterator[tuple[int, Tensor]]:
         return ((label, images[label]) for label in labels)
 
     measured = RETAINED[:classes]
-    runs = [one_class(model, chosen, setting, 0, images[0]) for _ in range(REPEATS)]
+    runs = [one_class(model, chosen, setting, *next(draw())) for _ in range(REPEATS)]
     clock, grams, spans = sorted(runs, key=lambda run: run[0].total)[REPEATS // 2]
     naive = published(model, chosen, setting, lambda: draw(measured))
     seconds, of_classes = all_classes(model, chosen, setting, draw)
@@ -321,6 +360,8 @@ def subspaces(setting: Setting, images: list[Tensor], classes: int) -> dict[str,
     totals = [clock.total for clock in naive.clocks]
     extrapolated = sum(totals) + (len(RETAINED) - classes) * totals[-1]
     sines = [largest_sine(*pair) for pair in zip(naive.spans[0], spans, strict=True)]
+    inputs = layer_inputs(model, images[RETAINED[0]], chosen, setting.samples)
+    exact = exact_spans(model, chosen, inputs)
     first = naive.clocks[0].seconds
     table = [
         {
@@ -331,6 +372,8 @@ def subspaces(setting: Setting, images: list[Tensor], classes: int) -> dict[str,
             "ours_gram_s": clock.seconds[view.parameter],
             "ours_basis_s": clock.seconds[f"{view.parameter} basis"],
             "sine": sine,
+            "sine_float64": largest_sine(naive.spans[0][at], exact[at]),
+            "gap": gap(gram, spans[at].shape[1]),
             "ranks_published": [ranks[at] for ranks in naive.ranks],
             "ranks_ours": [spans[at].shape[1] for spans in ours],
         }
@@ -340,6 +383,7 @@ def subspaces(setting: Setting, images: list[Tensor], classes: int) -> dict[str,
         "ratio_one_class": totals[0] / clock.total,
         "ratio_nine_classes": extrapolated / seconds,
         "max_sine": max(sines),
+        "max_sine_float64": max(row["sine_float64"] for row in table),
         "ranks_equal": naive.ranks == [[span.shape[1] for span in spans] for spans in ours],
         "published_classes_s": totals,
         "published_nine_classes_s": extrapolated,
@@ -354,26 +398,81 @@ def subspaces(setting: Setting, images: list[Tensor], classes: int) -> dict[str,
 # --------------------------------------------------------------------------- a second request
 
 
-def second_request() -> dict[str, object]:
-    """Return `second_request_ratio` and `second_request_retain_batches`.
+def second_request(model: nn.Module, images: list[Tensor]) -> dict[str, object]:
+    """Return seconds of both preparations, their ratio, and retained batches read by the second."""
+    labels = torch.arange(10).repeat_interleave(len(images[0]))
+    pixels, reads = torch.cat(images), []
 
-    Preparation of a second request, Gram matrices stored, against the first on the same model.
-    """
-    raise NotImplementedError
+    def decode(positions: Tensor) -> dict[str, Tensor]:
+        reads.append(positions)
+        return {"pixel_values": pixels[positions]}
+
+    rows = Rows.of({}, labels, decode=decode)
+    method = registry.load().create("unsc")
+    seconds = []
+    with tempfile.TemporaryDirectory() as folder:
+        for gone in (3, 5):
+            task = UnlearningTask(
+                forget=rows.subset(labels == gone),
+                retain=rows.subset(labels != gone),
+                num_classes=10,
+                recipe=Recipe(),
+                fresh_model=lambda _: copy.deepcopy(model),
+                scenario=Scenario.CLASS,
+                cache=Path(folder),
+                data_fingerprint=hashlib.sha256(pixels.numpy().tobytes()).hexdigest(),
+            )
+            reads.clear()
+            clock = Clock()
+            method.prepared(model, task, 0)
+            clock.lap("prepare")
+            seconds.append(clock.total)
+    return {
+        "second_request_ratio": seconds[0] / seconds[1],
+        "second_request_retain_batches": sum(bool((labels[at] != 5).any()) for at in reads),
+        "first_request_s": seconds[0],
+        "second_request_s": seconds[1],
+        "request_images": len(labels),
+    }
 
 
 # --------------------------------------------------------------------------- the command
 
 
+COLUMNS = {
+    "published_loop_s": "loop",
+    "published_svd_s": "SVD",
+    "published_update_s": "update",
+    "ours_gram_s": "Gram",
+    "ours_basis_s": "basis",
+}
+
+
 def report(result: dict) -> None:
-    columns = ("loop", "svd", "update", "gram", "basis", "sine")
-    print(f"images: {result['images']}; {result['threads']} thread(s); CPU-seconds, first class")
-    print(f"{'d x N':>12} {'A loop':>8} {'A svd':>8} {'A upd':>8} {'B gram':>8} {'B basis':>8}")
+    lines = {
+        "one class": (result["published_classes_s"][0], result["ours_one_class_s"]),
+        "nine classes": (result["published_nine_classes_s"], result["ours_nine_classes_s"]),
+        "second request": (result["first_request_s"], result["second_request_s"]),
+    }
+    print(f"CPU-seconds, {result['threads']} thread(s), images: {result['images']}")
+    for name, (slow, fast) in lines.items():
+        print(f"{name:>15} {slow:9.2f} / {fast:6.2f} = {slow / fast:.1f}")
+    print(
+        "published (numpy SVD) / ours; published nine classes: "
+        f"{result['published_classes_measured']} measured, the rest extrapolated\n"
+        f"second request: first / second, {result['request_images']} images; retained batches "
+        f"read: {result['second_request_retain_batches']}\n"
+        f"largest sine {result['max_sine']:.1e} (float64 products: "
+        f"{result['max_sine_float64']:.1e}); ranks {'' if result['ranks_equal'] else 'NOT '}equal\n"
+    )
+    heads = "".join(f"{head:>8}" for head in COLUMNS.values())
+    print(f"{'d x N':>12}{heads}  sine    gap     ranks after each measured class")
     for row in result["table"]:
-        values = [value for value in row.values() if isinstance(value, float)]
-        shown = " ".join(f"{value:8.2f}" for value in values[:5])
-        print(f"{row['layer']:>12} {shown}  sine {values[5]:.0e}")
-    del columns
+        shown = "".join(f"{row[key]:8.3f}" for key in COLUMNS)
+        both = f"{row['ranks_published']} = {row['ranks_ours']}"
+        print(f"{row['layer']:>12}{shown}  {row['sine']:.0e}  {row['gap']:.0e}  {both}")
+    print(f"{'forward':>12}{'':24}{result['ours_forward_s']:8.3f}")
+    print("loop, SVD: first class; update: loop excluded, last measured class; Gram, basis: ours")
 
 
 def main() -> None:
@@ -390,13 +489,16 @@ def main() -> None:
     count = max(setting.samples)
     images = real_images(count) if real else drawn_images(count, setting.side)
     torch.set_num_threads(options.threads)
+    warm_up()
     with threadpool_limits(options.threads):
-        result = subspaces(setting, images, options.classes)
+        model = settled(setting, images)
+        result = subspaces(model, setting, images, options.classes)
+        result |= second_request(model, images)
     result |= {"images": "CIFAR-10" if real else "drawn, 1/f", "threads": options.threads}
     if options.json:
         print(json.dumps(result))
-        return
-    report(result)
+    else:
+        report(result)
 
 
 if __name__ == "__main__":

@@ -110,10 +110,6 @@ class Moments:
         diagonal = rows * d - rows * (rows - 1) // 2
         return self.gram[..., diagonal].sum((-2, -1))
 
-    def minus(self, other: Moments) -> Moments:
-        """Return what is left without the columns of `other`."""
-        return Moments(self.gram - other.gram, self.total - other.total, self.count - other.count)
-
     def plus(self, other: Moments) -> Moments:
         """Return the columns of both."""
         return Moments(self.gram + other.gram, self.total + other.total, self.count + other.count)
@@ -166,10 +162,12 @@ class Known:
         """The rows that are left."""
         return self.entry.samples.without(self.gone)
 
-    def moments(self, parameter: str) -> Moments:
-        """Return a layer's moments over the rows that are left (whole buckets may be stale)."""
-        found = self.entry.moments[parameter]
-        return found.minus(self.taken[parameter]) if parameter in self.taken else found
+    def gram(self, parameter: str, bucket: int) -> Gram:
+        """Return a layer's Gram over the rows of a bucket that are left."""
+        found = self.entry.moments[parameter].at(bucket)
+        if parameter in self.taken:
+            found.subtract(self.taken[parameter].at(bucket))
+        return found
 
 
 class Store:

@@ -7,8 +7,10 @@ are opened only where no entry of the store has them.
 from __future__ import annotations
 
 import copy
+import hashlib
 import itertools
 import math
+import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -42,6 +44,8 @@ from unsc_plugin.methods._gram_store import (
 from unsc_plugin.methods._unsc_settings import Settings
 from unsc_plugin.spec import derive
 
+_ADDRESS = re.compile(r" at 0x[0-9a-f]+")
+"""What a function's representation has that changes from process to process."""
 CANCELLED = 1e-6
 """A downdated bucket with less of its energy than this is captured directly."""
 NEGATIVE = 1e-5
@@ -93,30 +97,32 @@ class Subspaces:
     full: list[str] = field(default_factory=list)
     headroom: float = 0.0
 
-    def moments(self, parameter: str) -> Moments:
-        """Return a layer's moments without the forget samples (dropped buckets may be stale)."""
-        found = self.known.moments(parameter)
-        return found.minus(self.leaving[parameter]) if parameter in self.leaving else found
+    def gram(self, parameter: str, bucket: int) -> Gram:
+        """Return a layer's Gram over a bucket's rows without the forget samples."""
+        found = self.known.gram(parameter, bucket)
+        if parameter in self.leaving:
+            found.subtract(self.leaving[parameter].at(bucket))
+        return found
 
     def retained(self, layer: Layer) -> Iterator[tuple[int, Gram]]:
         """Yield (bucket, retained Gram) of a layer, with its augmented row if the bias moves."""
-        moments = self.moments(layer.view.parameter)
         for bucket in self.weights:
-            gram = moments.at(bucket)
+            gram = self.gram(layer.view.parameter, bucket)
             yield bucket, gram if layer.scale is None else gram.augmented(layer.scale)
 
 
 class _Lazy(Sequence[Gram]):
-    """Gram matrices that are unpacked when they are read."""
+    """Retained Gram matrices of one layer that are unpacked when they are read."""
 
-    def __init__(self, moments: Moments, buckets: Sequence[int], scale: float | None) -> None:
-        self.moments, self.buckets, self.scale = moments, buckets, scale
+    def __init__(self, found: Subspaces, parameter: str, scale: float | None) -> None:
+        self.found, self.parameter, self.scale = found, parameter, scale
+        self.buckets = list(found.weights)
 
     def __len__(self) -> int:
         return len(self.buckets)
 
     def __getitem__(self, at: Any) -> Any:
-        gram = self.moments.at(self.buckets[at])
+        gram = self.found.gram(self.parameter, self.buckets[at])
         return gram if self.scale is None else gram.augmented(self.scale)
 
 
@@ -254,7 +260,7 @@ def _key_parts(
 ) -> dict[str, Any]:
     return {
         "model": state_sha256(model),
-        "classifier": type(model).__name__,
+        "classifier": hashlib.sha256(_ADDRESS.sub("", repr(model)).encode()).hexdigest(),
         "data": task.data_fingerprint,
         "view": [settings.view, task.seed if settings.view == "augmented" else None],
         "layers": [view.geometry for view in views],
@@ -278,8 +284,7 @@ def _stale(known: Known, model: nn.Module, task: UnlearningTask, settings: Setti
             continue
         before = view.rows(anchor[view.parameter].double())
         delta = view.rows(parameters[view.parameter].detach().cpu().double()) - before
-        moments = known.moments(view.parameter)
-        worst = [linalg.drift(delta, before, moments.at(bucket)) for bucket in live]
+        worst = [linalg.drift(delta, before, known.gram(view.parameter, b)) for b in live]
         total += max(worst, default=0.0)
     return total > settings.max_lineage_drift
 
@@ -469,7 +474,8 @@ def _downdate(
     wide = _for_capture(anchor, settings)
     rows = [task.rows(Split.FORGET)]
     chosen = found.forget[inside]
-    leaving = {v.parameter: _like(found.known.moments(v.parameter), v) for v in views}
+    count = max(found.buckets) + 1
+    leaving = {v.parameter: Moments.zeros(count, v.groups, v.d) for v in views}
     limits = _limits(settings, views)
     for bucket in touched:
         grams = _grams_of(
@@ -481,10 +487,6 @@ def _downdate(
     found.leaving = leaving
     for bucket in touched:
         _hold(found, bucket, wide, task, settings, views)
-
-
-def _like(moments: Moments, view: View) -> Moments:
-    return Moments.zeros(len(moments.count), view.groups, view.d)
 
 
 def _hold(
@@ -503,8 +505,8 @@ def _hold(
     """
     cancelled = False
     for view in views:
-        whole = found.known.moments(view.parameter).at(bucket)
-        left = found.moments(view.parameter).at(bucket)
+        whole = found.known.gram(view.parameter, bucket)
+        left = found.gram(view.parameter, bucket)
         energy, rest = float(whole.trace.sum()), float(left.trace.sum())
         if rest < CANCELLED * energy:
             cancelled = True
@@ -528,7 +530,7 @@ def _hold(
         model, rows, bucket, found.buckets, views, task, settings, drawn, limits, keep
     )
     for view in views:
-        whole, direct = found.known.moments(view.parameter).at(bucket), grams[view.parameter]
+        whole, direct = found.known.gram(view.parameter, bucket), grams[view.parameter]
         whole.subtract(Gram(direct.matrix.cpu(), direct.total.cpu(), direct.count))
         found.leaving[view.parameter].put(bucket, whole)
 
@@ -586,11 +588,11 @@ def _decompose(
 
 def _layer(found: Subspaces, view: View, settings: Settings, task: UnlearningTask) -> Layer | str:
     """Return a layer's projector and diagnosis, or why it is frozen."""
-    buckets = list(found.weights)
-    moments = found.moments(view.parameter)
-    scale = _bias_scale(moments, buckets, view) if settings.bias == "augment" else None
-    grams = _Lazy(moments, buckets, scale)
-    if not bool((moments.energy()[buckets] > 0).any()):
+    plain = _Lazy(found, view.parameter, None)
+    scale = _bias_scale(plain, view) if settings.bias == "augment" else None
+    grams = _Lazy(found, view.parameter, scale)
+    energy = found.known.entry.moments[view.parameter].energy()
+    if not bool((energy[list(found.weights)] > 0).any()):
         if settings.patches == "true":
             return "its retained inputs are all zero, as after a failed capture"
         task.warn(f"layer {view.name} has no interior window, so nothing constrains it")
@@ -629,12 +631,14 @@ def _basis(found: Subspaces, grams: _Lazy, view: View, settings: Settings) -> Ba
     return linalg.gpm_basis([grams[at] for at in order], thresholds, settings.rank_rule)
 
 
-def _bias_scale(moments: Moments, buckets: Sequence[int], view: View) -> float | None:
+def _bias_scale(grams: Sequence[Gram], view: View) -> float | None:
     """Return s = √(mean square of the layer's inputs), None for a layer without a bias."""
     if view.bias is None:
         return None
-    energy = float(moments.energy()[list(buckets)].sum())
-    entries = sum(int(moments.count[bucket]) for bucket in buckets) * view.d * view.groups
+    energy, entries = 0.0, 0
+    for gram in grams:
+        energy += float(gram.trace.sum())
+        entries += gram.count * view.d * view.groups
     return math.sqrt(energy / entries) if energy > 0 else 1.0
 
 
@@ -649,11 +653,12 @@ def _forget_energy(found: Subspaces, view: View, basis: Basis, scale: float | No
 
 
 def _forget_grams(found: Subspaces, view: View) -> Iterator[Gram]:
-    known = found.known.moments(view.parameter)
     here = set(torch.tensor(found.buckets)[_labels_of(found)].tolist())
     for bucket in sorted(here):
         if bucket not in found.weights:
-            yield known.at(bucket)  # all that is left of it is to be forgotten
+            yield found.known.gram(
+                view.parameter, bucket
+            )  # all that is left of it is to be forgotten
         elif view.parameter in found.leaving:
             yield found.leaving[view.parameter].at(bucket)
 

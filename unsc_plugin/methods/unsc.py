@@ -255,12 +255,10 @@ def _purged(found: Subspaces, samples: store.Samples) -> store.Entry:
     """Return the entry without any statistics of forgotten samples."""
     entry = found.known.entry
     moments = {}
-    for name in entry.moments:
-        left = found.moments(name)
-        dead = [b for b in range(len(left.count)) if b not in found.weights]
-        gram, total, count = left.gram.clone(), left.total.clone(), left.count.clone()
-        gram[dead], total[dead], count[dead] = 0, 0, 0
-        moments[name] = store.Moments(gram, total, count)
+    for name, held in entry.moments.items():
+        moments[name] = store.Moments.zeros(len(held.count), *held.total.shape[1:])
+        for bucket in found.weights:
+            moments[name].put(bucket, found.gram(name, bucket))
     drawn = entry.drawn
     if drawn is not None:
         drawn = drawn[torch.isin(drawn, samples.index)]
