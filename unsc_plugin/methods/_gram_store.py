@@ -209,6 +209,9 @@ class Store:
 
     def write(self, entry: Entry, anchor: Mapping[str, Tensor]) -> Entry:
         """Write an entry; one that is there already stays. Returns the entry with its folder."""
+        folder = self.home / entry.samples.key
+        if not (folder / MANIFEST).is_file():
+            shutil.rmtree(folder, ignore_errors=True)  # a lineage that is of no use any more
         return _write(self.home, self.parts, entry, anchor)
 
     def write_lineage(self, known: Known, samples: Samples) -> None:
@@ -216,7 +219,10 @@ class Store:
         folder = known.entry.folder
         if folder is None:
             return
-        with _new_folder(self.home / samples.key) as scratch:
+        target = self.home / samples.key
+        if not (target / MANIFEST).is_file():
+            shutil.rmtree(target, ignore_errors=True)  # an earlier lineage, maybe of another entry
+        with _new_folder(target) as scratch:
             held = {"gone": known.gone}
             for name, moments in known.taken.items():
                 held |= {f"{name}|{key}": value for key, value in moments.tensors().items()}
@@ -233,7 +239,7 @@ class Store:
             return Known(self._entry(folder))
         if not (folder / LINEAGE).is_file():
             return None
-        lineage = json.loads((folder / LINEAGE).read_text(encoding="utf-8"))
+        lineage = _read_json(folder / LINEAGE)
         parent = self.root / lineage["entry"]
         if not (parent / MANIFEST).is_file():
             return None  # the entry was deleted; there is nothing to live on
@@ -246,7 +252,7 @@ class Store:
         return Known(self._entry(parent), held["gone"], taken, lineage["bounds"], anchored=False)
 
     def _entry(self, folder: Path) -> Entry:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        manifest = _read_json(folder / MANIFEST)
         hashes = {k: v for k, v in manifest["sha256"].items() if k != ANCHOR}
         files = _verified(folder, hashes)
         moments = {
@@ -296,8 +302,15 @@ def rewrite(old: Entry, new: Entry) -> Entry:
     """Put `new`, of the same anchor, in the place of `old`, and return it with its folder."""
     if old.folder is None:
         return new
-    parts = json.loads((old.folder / MANIFEST).read_text(encoding="utf-8"))["key"]
+    target = old.folder.parent / new.samples.key
+    if not (old.folder / MANIFEST).is_file():  # done already
+        return replace(new, folder=target if (target / MANIFEST).is_file() else None)
+    parts = _read_json(old.folder / MANIFEST)["key"]
     written = _write(old.folder.parent, parts, new, anchor_of(old))
+    root = old.folder.parent.parent
+    for record in root.glob(f"*/*/{LINEAGE}"):  # they hold statistics of what is forgotten
+        if root / _read_json(record)["entry"] == old.folder:
+            shutil.rmtree(record.parent)
     shutil.rmtree(old.folder)
     return written
 
@@ -310,7 +323,7 @@ def anchor_of(entry: Entry) -> dict[str, Tensor] | None:
     """
     if entry.folder is None or not (entry.folder / ANCHOR).is_file():
         return None
-    manifest = json.loads((entry.folder / MANIFEST).read_text(encoding="utf-8"))
+    manifest = _read_json(entry.folder / MANIFEST)
     return _verified(entry.folder, {ANCHOR: manifest["sha256"][ANCHOR]})[ANCHOR]
 
 
@@ -353,6 +366,16 @@ def _verified(folder: Path, hashes: Mapping[str, str]) -> dict[str, dict[str, Te
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        raise CacheMismatch(
+            f"{path}: expected the JSON that was written, found something else; delete "
+            f"{path.parent} to have it captured again"
+        ) from None
 
 
 def _write_json(path: Path, tree: Mapping[str, Any]) -> None:

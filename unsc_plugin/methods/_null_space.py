@@ -30,7 +30,7 @@ from unsc_plugin.errors import (
 )
 from unsc_plugin.hooks import View
 from unsc_plugin.linalg import Basis, Gram, Projector
-from unsc_plugin.method import Rows, Split, UnlearningTask, state_sha256
+from unsc_plugin.method import Batch, Rows, Split, UnlearningTask, state_sha256
 from unsc_plugin.methods._gram_store import (
     Entry,
     Known,
@@ -42,6 +42,7 @@ from unsc_plugin.methods._gram_store import (
     weighted_classes,
 )
 from unsc_plugin.methods._unsc_settings import Settings
+from unsc_plugin.rows import AUGMENTATIONS
 from unsc_plugin.spec import derive
 
 _ADDRESS = re.compile(r" at 0x[0-9a-f]+")
@@ -193,6 +194,11 @@ def prepare(model: nn.Module, task: UnlearningTask, settings: Settings) -> Subsp
     if not found.layers:
         raise NoFreeDirections(_nothing_free(found))
     _note(found, model, task)
+    if not found.known.anchored and found.anchor is None:
+        task.warn(
+            "the anchor's weights were not kept (keep_anchor=false), so drift counts from the "
+            "model that was handed in, not from the one that was captured"
+        )
     return found
 
 
@@ -258,17 +264,29 @@ def _key_parts(
     views: list[View],
     buckets: list[int],
 ) -> dict[str, Any]:
+    augmented = settings.view == "augmented"
     return {
         "model": state_sha256(model),
+        "unsaved": _unsaved(model),
         "classifier": hashlib.sha256(_ADDRESS.sub("", repr(model)).encode()).hexdigest(),
         "data": task.data_fingerprint,
-        "view": [settings.view, task.seed if settings.view == "augmented" else None],
+        "view": [settings.view, *([task.seed, task.recipe.augment] if augmented else [])],
         "layers": [view.geometry for view in views],
         "float64": settings.wide,
         "samples": settings.capture_samples,
         "patches": settings.patches,
         "buckets": buckets,
     }
+
+
+def _unsaved(model: nn.Module) -> str:
+    """Return the SHA-256 of the buffers that are in no state dict, such as pixel statistics."""
+    state, digest = model.state_dict(), hashlib.sha256()
+    for name, buffer in model.named_buffers():
+        if name not in state:
+            raw = buffer.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+            digest.update(name.encode() + raw.numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _stale(known: Known, model: nn.Module, task: UnlearningTask, settings: Settings) -> bool:
@@ -322,6 +340,23 @@ def _capture(
     return Entry(samples, moments, wrong, drawn, keep, seconds)
 
 
+def _augmented(batch: Batch, task: UnlearningTask) -> dict[str, Tensor]:
+    """Return a batch's inputs, augmented by draws of every row's own, whatever batch it is in."""
+    augment = AUGMENTATIONS.get(task.recipe.augment)
+    if augment is None or "pixel_values" not in batch.inputs:
+        return batch.inputs
+    pixels = [
+        augment(
+            image[None],
+            torch.Generator().manual_seed(derive(task.seed, "augment/capture", index)),
+            1,
+            slice(0, 1),
+        )
+        for image, index in zip(batch.inputs["pixel_values"], batch.index.tolist(), strict=True)
+    ]
+    return {**batch.inputs, "pixel_values": torch.cat(pixels)}
+
+
 def _grams_of(
     model: nn.Module,
     rows: list[Rows],
@@ -344,14 +379,16 @@ def _grams_of(
             loader = task.loader_over(
                 mine,
                 f"capture {bucket}",
-                train=settings.view == "augmented",
+                train=False,
                 batch_size=settings.capture_batch,
                 shuffle=False,
             )
             for batch in loader:
                 real = batch.weight > 0  # a row that a process borrowed is another's
                 if bool(real.any()):
-                    mine_only = {key: value[real] for key, value in batch.inputs.items()}
+                    augmented = settings.view == "augmented"
+                    seen = _augmented(batch, task) if augmented else batch.inputs
+                    mine_only = {key: value[real] for key, value in seen.items()}
                     yield _widened(mine_only, model)
 
     grams = hooks.collect_grams(
@@ -476,8 +513,8 @@ def _downdate(
     chosen = found.forget[inside]
     count = max(found.buckets) + 1
     leaving = {v.parameter: Moments.zeros(count, v.groups, v.d) for v in views}
-    limits = _limits(settings, views)
     for bucket in touched:
+        limits = _limits_leaving(found, bucket, settings, views)
         grams = _grams_of(
             wide, rows, bucket, found.buckets, views, task, settings, chosen, limits,
             found.known.entry.keep_padding,
@@ -487,6 +524,19 @@ def _downdate(
     found.leaving = leaving
     for bucket in touched:
         _hold(found, bucket, wide, task, settings, views)
+
+
+def _limits_leaving(
+    found: Subspaces, bucket: int, settings: Settings, views: list[View]
+) -> dict[str, int] | None:
+    """Return how many of a bucket's forget samples are among the first that a layer captured."""
+    limits, entry = _limits(settings, views), found.known.entry
+    if limits is None:
+        return None
+    mine = torch.tensor(found.buckets)[entry.samples.labels] == bucket
+    captured = entry.samples.index[mine & entry.captured(entry.samples.index)]
+    leaves = torch.isin(captured, found.forget)
+    return {name: int(leaves[:limit].sum()) for name, limit in limits.items()}
 
 
 def _hold(
@@ -508,7 +558,7 @@ def _hold(
         whole = found.known.gram(view.parameter, bucket)
         left = found.gram(view.parameter, bucket)
         energy, rest = float(whole.trace.sum()), float(left.trace.sum())
-        if rest < CANCELLED * energy:
+        if -NEGATIVE * energy <= rest < CANCELLED * energy:
             cancelled = True
         elif not _semidefinite(left):
             raise GramMismatch(
@@ -525,6 +575,8 @@ def _hold(
         )
     rows = [task.rows(Split.RETAIN)]
     drawn, limits = found.known.entry.drawn, _limits(settings, views)
+    if drawn is not None and not len(_in_bucket(rows[0], bucket, found.buckets, drawn)):
+        drawn = None  # all that was drawn leaves
     keep = found.known.entry.keep_padding
     grams = _grams_of(
         model, rows, bucket, found.buckets, views, task, settings, drawn, limits, keep
@@ -570,6 +622,7 @@ def _decompose(
         layer = engine.broadcast(mine.get(view.parameter), task.accelerator, at % world)
         if isinstance(layer, str):
             found.frozen[view.parameter] = layer
+            task.warn(f"{view.parameter} stays as it is: {layer}")
             continue
         found.layers[view.parameter] = layer
     full = [name for name, layer in found.layers.items() if not layer.row["free"]]
@@ -669,15 +722,22 @@ def _labels_of(found: Subspaces) -> Tensor:
 
 
 def _headroom(basis: Basis, grams: Sequence[Gram]) -> float:
-    """Return the largest eps at which a direction would be free: min_b C_b(d − 1)."""
+    """Return the largest eps at which a direction would be free: min_b C_b before the last λ."""
     if basis.vectors.shape[-1] < basis.d:
         return 1.0
-    last = basis.vectors[..., -1:]
-    kept = [
-        1 - float((((gram.matrix @ last) * last).sum((-2, -1)) / gram.trace).nan_to_num(1.0).min())
-        for gram in grams
-    ]
-    return min(kept, default=0.0)
+    found = 0.0
+    for group, values in enumerate(basis.eigenvalues.tolist()):
+        first = basis.d - 1
+        while values and first and values[first] >= (1 - linalg.CLUSTER) * values[first - 1]:
+            first -= 1
+        last = basis.vectors[group, :, first:]
+        kept = [
+            1 - float(((gram.matrix[group] @ last) * last).sum() / gram.trace[group])
+            for gram in grams
+            if gram.trace[group] > 0
+        ]
+        found = max(found, min(kept, default=0.0))
+    return found
 
 
 # --------------------------------------------------------------------------- words
@@ -761,9 +821,11 @@ def _nothing_covered(model: nn.Module, frozen: Mapping[str, str]) -> str:
 
 def _nothing_free(found: Subspaces) -> str:
     lines = [f"  {name}: {why}" for name, why in itertools.islice(found.frozen.items(), 12)]
+    most = math.floor(found.headroom * 1e6) / 1e6
+    advice = f"set eps to at most {most:.6f}" if most > 0 else "no smaller eps helps"
     return (
-        "unsc: the retained data fill every layer, so nothing is free to move; set eps to at most "
-        f"{math.floor(found.headroom * 1e6) / 1e6:.6f}\n" + "\n".join(lines)
+        "unsc: the retained data fill every layer, so nothing is free to move; "
+        f"{advice}\n" + "\n".join(lines)
     )
 
 

@@ -483,11 +483,14 @@ class _Trainer:
                 after_step=projection.after_step,
                 on_epoch_end=lambda _: self._epoch_end(projection),
             )
+            if task.stop_reason:
+                self.stop = task.stop_reason
+                limit = config.drift_budget
+                if limit is not None and self._drift(projection) > limit:
+                    self.stop = "drift budget"
         finally:
             projection.remove()
             model.eval()
-        if task.stop_reason:
-            self.stop = task.stop_reason
         if self.stop == "drift budget":
             self._go_back()
 
@@ -504,25 +507,28 @@ class _Trainer:
             with torch.no_grad():
                 seen = teacher(**batch.inputs).float()
             allowed = self.targets.allowed.to(seen.device)
-            hard = seen.masked_fill(~allowed, -math.inf).argmax(1)
+            seen = seen.masked_fill(~allowed, -math.inf)
+            hard = seen.scatter(1, batch.labels[:, None], -math.inf).argmax(1)
         self.tally.add(logits, batch, hard)
         target = hard if soft is None else soft.to(logits.dtype)
         losses = functional.cross_entropy(logits, target, reduction="none")
         return engine.weighted_mean(losses, batch)
 
     def _epoch_end(self, projection: _Projection) -> bool:
-        if self.config.drift_budget is not None and self.found is not None:
-            state = projection.state()
-            drift = null_space.certify(self.found, self.before, state).drift
-            if drift > self.config.drift_budget:
+        if self.config.drift_budget is not None:
+            if self._drift(projection) > self.config.drift_budget:
                 self.stop = "drift budget"
                 return True
-            self.kept = {name: tensor.clone() for name, tensor in state.items()}
+            self.kept = {name: tensor.clone() for name, tensor in projection.state().items()}
         stop_at = self.config.stop_at
         if stop_at is not None and self.tally.done(stop_at, self.targets.expected, self.task):
             self.stop = "stop_at"
             return True
         return False
+
+    def _drift(self, projection: _Projection) -> float:
+        assert self.found is not None  # a drift budget needs subspaces, see Settings
+        return null_space.certify(self.found, self.before, projection.state()).drift
 
     def _go_back(self) -> None:
         """Return to the last epoch within the drift budget.
@@ -591,7 +597,10 @@ class _Projection:
             self._reparametrise(model, task)
             return
         if not (
-            config.update == "project" and config.optimizer == "sgd" and config.clip_norm is None
+            config.update == "project"
+            and config.optimizer == "sgd"
+            and config.clip_norm is None
+            and config.bias == "freeze"  # a step of b is s² times that of b/s until it is projected
         ):
             self.before_step = self._project_gradients  # for plain SGD it would change nothing
         if config.update == "project":
