@@ -448,7 +448,6 @@ def test_an_empty_bucket_does_not_count(eps):
     assert found.energies.isnan().tolist() == [False, True, False]
 
 
-@pytest.mark.xfail(strict=True, reason="a trace below 0 is not left out of the sum")
 def test_rounding_left_by_a_subtraction_does_not_count():
     full = [gram_of(columns) for columns in classes()[:2]]
     left = Gram.zeros(1, 30)
@@ -620,14 +619,7 @@ def test_an_empty_class_changes_no_merge():
     assert largest_sine(span_of(with_it), span_of(without)) <= 1e-12
 
 
-FULL_GROUP = pytest.mark.xfail(
-    strict=True, reason="beside a full group the complement of a sequential merge is 0"
-)
-
-
-@pytest.mark.parametrize(  # 6 of 6 leaves that group nothing
-    "widths", [(2, 3, 5), pytest.param((1, 6, 2), marks=FULL_GROUP)]
-)
+@pytest.mark.parametrize("widths", [(2, 3, 5), (1, 6, 2)])  # 6 of 6 leaves that group nothing
 def test_the_sequential_merge_of_ragged_groups_is_that_of_each_group(widths):
     columns = [
         torch.stack([draws(6, w, seed=w + at) @ draws(w, 20, seed=at) for w in widths])
@@ -660,13 +652,18 @@ def test_the_residual_is_the_energy_outside(eps):
 
 
 def test_a_residual_far_below_the_energy_does_not_cancel():
-    turn = torch.linalg.qr(draws(12, 12))[0]
-    strong, weak = turn[:, :4] @ draws(4, 50), turn[:, 4:] @ draws(8, 50, seed=1)
-    basis = pooled_basis(gram_of(strong), 1.0)
-    assert basis.ranks == (4,)
-    for size in (1e-3, 1e-6, 1e-7):
-        left = float(residual(basis, gram_of(strong + size * weak)).sum())
-        assert left == pytest.approx(size**2 * float((weak**2).sum()), rel=1e-2)
+    """A difference of traces would be wrong by a half here."""
+    errors = []
+    for seed in range(20):
+        turn = torch.linalg.qr(draws(12, 12, seed=seed))[0]
+        strong = turn[:, :4] @ draws(4, 50, seed=seed + 100)
+        basis = pooled_basis(gram_of(strong), 1.0)
+        assert basis.ranks == (4,)
+        columns = strong + 3e-8 * turn[:, 4:] @ draws(8, 50, seed=seed + 200)
+        outside = columns - span_of(basis) @ (span_of(basis).mT @ columns)
+        found = float(residual(basis, gram_of(columns)).sum())
+        errors.append(abs(found / float((outside**2).sum()) - 1))
+    assert max(errors) <= 0.15
 
 
 def test_energies_add_up_over_groups():
@@ -676,7 +673,7 @@ def test_energies_add_up_over_groups():
     assert float(energy(basis, gram_of(columns))) == pytest.approx(kept / float((columns**2).sum()))
 
 
-@pytest.mark.parametrize("merge", ["pooled", pytest.param("sequential", marks=FULL_GROUP)])
+@pytest.mark.parametrize("merge", ["pooled", "sequential"])
 def test_the_complement_is_the_rest_of_an_orthonormal_basis(merge):
     widths = (2, 7, 5)
     columns = torch.stack([draws(7, w, seed=w) @ draws(w, 30, seed=w + 1) for w in widths])

@@ -21,7 +21,7 @@ from torch.nn import functional
 from torch.nn.utils import parametrize
 
 from unsc_plugin.errors import ConfigError, NonFiniteError, nearest
-from unsc_plugin.linalg import CHUNK, Gram
+from unsc_plugin.linalg import CHUNK, Gram, centre_of, summing
 
 Kind = Literal["linear", "conv", "transposed", "conv1d"]
 Patches = Literal["true", "interior"]
@@ -160,6 +160,10 @@ def views(
             frozen[names[weight]] = reason or "its modules read the weight in different shapes"
         else:
             found.append(view)
+    for name, module in candidates.items():
+        if module._parameters.get("weight") is None:
+            inner = (p for key, p in module.named_parameters() if key != "bias")
+            frozen |= {names[p]: f"the weight of {name} is computed from it" for p in inner}
     return found, frozen
 
 
@@ -301,10 +305,11 @@ def _spread(module: Any, x: Tensor, y: Tensor) -> Tensor:
 @contextlib.contextmanager
 def exact() -> Iterator[None]:
     """Run the body without gradients, autocast and TF32; restore all of it."""
-    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
-    before = matmul.allow_tf32, cudnn.allow_tf32
+    switches = _precision_switches()
+    before = [getattr(place, name) for place, name, _ in switches]
     try:
-        matmul.allow_tf32 = cudnn.allow_tf32 = False
+        for place, name, full in switches:
+            setattr(place, name, full)
         with (
             torch.no_grad(),
             torch.autocast("cpu", enabled=False),
@@ -312,7 +317,21 @@ def exact() -> Iterator[None]:
         ):
             yield
     finally:
-        matmul.allow_tf32, cudnn.allow_tf32 = before
+        for (place, name, _), value in zip(switches, before, strict=True):
+            setattr(place, name, value)
+
+
+def _precision_switches() -> list[tuple[Any, str, Any]]:
+    """Return (place, attribute, value for full float32) of all that makes products coarse.
+
+    Newer torch has `fp32_precision` and refuses to read `allow_tf32` once the former was set.
+    """
+    backends: Any = torch.backends
+    if not hasattr(backends.cuda.matmul, "fp32_precision"):
+        return [(backends.cuda.matmul, "allow_tf32", False), (backends.cudnn, "allow_tf32", False)]
+    cudnn, mkldnn = backends.cudnn, backends.mkldnn
+    places = (backends.cuda.matmul, cudnn.conv, cudnn.rnn, mkldnn.matmul, mkldnn.conv, mkldnn.rnn)
+    return [(place, "fp32_precision", "ieee") for place in places]
 
 
 def _nothing() -> contextlib.AbstractContextManager[None]:
@@ -363,8 +382,11 @@ def verify(model: nn.Module, inputs: Inputs, chosen: Sequence[View]) -> dict[str
     wrong: dict[str, str] = {}
     fired: set[str] = set()
 
-    def seen(view: View, module: nn.Module, x: Tensor, y: Tensor) -> None:
+    def seen(view: View, module: nn.Module, x: Tensor, y: Any) -> None:
         fired.update(name for name in view.modules if model.get_submodule(name) is module)
+        if not isinstance(y, Tensor):
+            wrong[view.parameter] = f"its output is a {type(y).__name__}, not a tensor"
+            return
         if not bool(torch.isfinite(y).all()):
             raise NonFiniteError(
                 f"the outputs of layer {view.name} are not finite; the model or the data hold NaN "
@@ -442,6 +464,11 @@ def collect_grams(
                 flat = x[real.bool()].reshape(-1, view.d)
             grams[view.parameter].add(flat.mT[None])
             return
+        if view.kind == "conv" and _shares(module, x, patches):
+            used: Any = module
+            padded = x if patches == "interior" else _padded(module, x, y)
+            _add_windows(grams[view.parameter], padded, view.groups, used.kernel_size)
+            return
         positions = max(math.prod(y.shape[2:]), 1)
         for part, out in zip(
             torch.split(x, max(CHUNK // positions, 1)),
@@ -457,6 +484,95 @@ def collect_grams(
     return grams
 
 
+def _shares(module: Any, x: Tensor, patches: Patches) -> bool:
+    plain = patches == "interior" or (set(module.stride) == {1} and set(module.dilation) == {1})
+    return (
+        plain
+        and x.ndim == 4
+        and min(module.kernel_size) > 1
+        and module.in_channels // module.groups >= 8
+        and all(side >= 2 * k for side, k in zip(x.shape[2:], module.kernel_size, strict=True))
+    )
+
+
+def _lines(places: int, count: int) -> list[tuple[int, int, slice]]:
+    """Return (start, stop, windows): which of `count` shifted ranges of `places` lines hold them.
+
+    The lines that all ranges hold are one piece, every other line is its own.
+    """
+    core = [(count - 1, places)] if count - 1 < places else []
+    first = min(count - 1, places)
+    single = [*range(first), *range(max(places, first), places + count - 1)]
+    pieces = core + [(line, line + 1) for line in single]
+    return [
+        (start, stop, slice(max(stop - places, 0), min(start, count - 1) + 1))
+        for start, stop in pieces
+    ]
+
+
+def _add_windows(gram: Gram, x: Tensor, groups: int, kernel: Sequence[int]) -> None:
+    """Add all windows of stride 1 of x [n, C, H, W], every product of two shifts computed once.
+
+    The entry of a window's offsets i and j is Σ_p x(p+i) x(p+j)ᵀ: for j − i = δ fixed, sums of
+    one product x(q) x(q+δ)ᵀ over ranges of q that differ at the borders only. Channels are centred
+    where columns would be.
+    """
+    high, wide = kernel
+    places = x.shape[2] - high + 1, x.shape[3] - wide + 1
+    total = gram.total.new_zeros(groups, x.shape[1] // groups, high, wide)
+    summed = x.sum(0, dtype=summing(x)).to(total)
+    for row in range(high):
+        for column in range(wide):
+            window = summed[:, row : row + places[0], column : column + places[1]]
+            total[:, :, row, column] = window.sum((1, 2)).view(groups, -1)
+    channels = x.reshape(len(x), x.shape[1], -1)
+    mean = centre_of(channels.movedim(0, 1).reshape(1, x.shape[1], -1), summed.sum((1, 2))[None])
+    centre = None
+    if mean is not None:
+        x = x - mean[0, :, None, None]
+        centre = mean.view(groups, -1, 1).expand(-1, -1, high * wide).flatten(1)
+    product = torch.zeros_like(gram.matrix)
+    blocks = product.view(groups, -1, high, wide, x.shape[1] // groups, high, wide)
+    for (down, right), found in _shifted_products(x, groups, high, wide, product).items():
+        left = max(-right, 0)
+        for row in range(high - down):
+            for column in range(wide - abs(right)):
+                i, j = (row, left + column), (row + down, left + column + right)
+                blocks[:, :, i[0], i[1], :, j[0], j[1]] = found[row, column]
+                blocks[:, :, j[0], j[1], :, i[0], i[1]] = found[row, column].mT
+    gram.put(product, total.flatten(1), len(x) * places[0] * places[1], centre)
+
+
+def _shifted_products(
+    x: Tensor, groups: int, high: int, wide: int, like: Tensor
+) -> dict[tuple[int, int], Tensor]:
+    """Return per difference δ the products of all pairs of offsets, [rows, columns, g, c, c]."""
+    places = x.shape[2] - high + 1, x.shape[3] - wide + 1
+    c = x.shape[1] // groups
+    sums: dict[tuple[int, int], Tensor] = {}
+    for part in torch.split(x, max(CHUNK // (x.shape[2] * x.shape[3]), 1)):
+        z = part.reshape(len(part), groups, c, *x.shape[2:]).permute(1, 2, 0, 3, 4).contiguous()
+        for down, right in _shifts(high, wide):
+            sides = high - down, wide - abs(right)
+            found = sums.setdefault((down, right), like.new_zeros(*sides, groups, c, c))
+            left = max(-right, 0)
+            for top, bottom, rows in _lines(places[0], sides[0]):
+                for start, stop, across in _lines(places[1], sides[1]):
+                    a = z[..., top:bottom, left + start : left + stop]
+                    b = z[..., top + down : bottom + down, left + start + right :]
+                    b = b[..., : stop - start]
+                    product = torch.bmm(a.reshape(groups, c, -1), b.reshape(groups, c, -1).mT)
+                    found[rows, across] += product.to(found)
+    return sums
+
+
+def _shifts(high: int, wide: int) -> list[tuple[int, int]]:
+    """Return one of every pair δ, −δ of differences between two offsets of a window."""
+    return [
+        (down, right) for down in range(high) for right in range(-wide + 1 if down else 0, wide)
+    ]
+
+
 def padding_matters(model: nn.Module, inputs: Inputs) -> bool:
     """Return whether the content of masked positions changes the logits of `inputs`.
 
@@ -466,8 +582,30 @@ def padding_matters(model: nn.Module, inputs: Inputs) -> bool:
     ids, mask = inputs.get("input_ids"), inputs.get("attention_mask")
     if ids is None or mask is None or bool(mask.all()):
         return False
-    other = torch.where(mask.bool(), ids, ids[:, :1])
+    real = ids[mask.bool()]
+    if not len(real):
+        return False
+    second = next(iter(real[real != real[0]]), real[0])
+    other = torch.where(mask.bool(), ids, torch.where(ids == real[0], second, real[0]))
+    swapped = 0
+
+    def swap(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        nonlocal swapped
+        if args and isinstance(args[0], Tensor) and torch.equal(args[0], ids):
+            swapped += 1
+            return (other, *args[1:])
+        return None
+
+    words = [module for module in model.modules() if isinstance(module, nn.Embedding)]
     with exact(), watching(model, (), lambda *_: None):
-        before, after = model(**inputs), model(**{**inputs, "input_ids": other})
+        before = model(**inputs)
+        handles = [module.register_forward_pre_hook(swap) for module in words]
+        try:
+            after = model(**inputs)
+        finally:
+            for handle in handles:
+                handle.remove()
+        if not swapped:
+            after = model(**{**inputs, "input_ids": other})
     scale = before.abs().max().clamp(min=1e-30)
     return bool((before - after).abs().max() > 1e-5 * scale)

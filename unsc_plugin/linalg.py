@@ -26,6 +26,8 @@ SLACK = 1e-12
 """Energies are compared up to this, and smaller eigenvalues than this share of the first are 0."""
 CLUSTER = 1e-9
 """Eigenvalues closer than this (relative) are one eigenspace, which is never cut in two."""
+CENTRED = 0.2
+"""Share of the energy that a mean must hold to be taken out of products in float32."""
 GPU_EIGH = 2000
 """Matrices wider than this are decomposed on the GPU if they lie there."""
 
@@ -63,12 +65,33 @@ class Gram:
         return self.matrix.diagonal(dim1=-2, dim2=-1).sum(-1)
 
     def add(self, columns: Tensor) -> None:
-        """Add columns [g, d, N], multiplied in their own precision, summed in float64."""
+        """Add columns [g, d, N], multiplied in their own precision, summed in float64.
+
+        Columns that :func:`centre_of` says have a large mean are multiplied without it.
+        """
         where = self.matrix.device
         for part in torch.split(columns, CHUNK, dim=-1):
-            self.matrix += torch.bmm(part, part.mT).to(where)
-            self.total += part.sum(-1, dtype=_summing(part)).to(where)
-        self.count += columns.shape[-1]
+            total = part.sum(-1, dtype=summing(part)).to(where)
+            centre = centre_of(part, total)
+            if centre is None:
+                self.put(torch.bmm(part, part.mT), total, part.shape[-1])
+            else:
+                spread = part - centre[..., None]
+                self.put(torch.bmm(spread, spread.mT), total, part.shape[-1], centre)
+
+    def put(self, product: Tensor, total: Tensor, count: int, centre: Tensor | None = None) -> None:
+        """Add `count` columns x with sum `total` by their product Σ x xᵀ, or Σ (x−c)(x−c)ᵀ.
+
+        With a `centre` c [g, d]: Σ x xᵀ = Σ (x−c)(x−c)ᵀ + m cᵀ + c mᵀ − N c cᵀ, m the total.
+        """
+        self.matrix += product.to(self.matrix.device)
+        total = total.to(self.total)
+        if centre is not None:
+            c = centre.to(self.total)
+            half = (total - count / 2 * c)[..., None] * c[:, None]
+            self.matrix += half + half.mT
+        self.total += total
+        self.count += count
 
     def merge(self, other: Gram) -> None:
         """Add the columns that `other` holds."""
@@ -110,7 +133,23 @@ class Gram:
         return cls(matrix, total.clone(), int(count))
 
 
-def _summing(part: Tensor) -> torch.dtype:
+def centre_of(columns: Tensor, total: Tensor) -> Tensor | None:
+    """Return the mean c [g, d] of columns [g, d, N] if they are to be centred before a product.
+
+    What a float32 product rounds away is relative to what it multiplies: where the mean holds a
+    fifth of the energy or more, products of x − c are closer to exact. Float64 needs none of it.
+    """
+    count = columns.shape[-1]
+    if columns.dtype == torch.float64 or not count:
+        return None
+    centre = (total / count).to(columns)
+    energy = float(torch.linalg.vector_norm(columns)) ** 2
+    held = count * float(torch.linalg.vector_norm(centre)) ** 2
+    return centre if held > CENTRED * energy else None
+
+
+def summing(part: Tensor) -> torch.dtype:
+    """Return the precision in which the device of a tensor can sum: float64 but on MPS."""
     return torch.float32 if part.device.type == "mps" else torch.float64
 
 
@@ -125,16 +164,35 @@ def _triangle(d: int, device: torch.device) -> tuple[Tensor, Tensor]:
 def eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """Return eigenvalues [g, d] falling, negative ones set to 0, and eigenvectors [g, d, d].
 
-    Float64 always; on the GPU only where it pays, and again on the CPU if its solver gives up.
+    Float64 always; on the GPU only where it pays. Inputs that are always 0 (borders of small maps,
+    dead channels) are eigenvectors of their own and left out of the solver's work.
     """
     home = matrix.device
     if home.type != "cpu" and not (home.type == "cuda" and matrix.shape[-1] > GPU_EIGH):
         matrix = matrix.cpu()
+    live = (matrix.diagonal(dim1=-2, dim2=-1) > 0).any(0)
+    count = int(live.sum())
+    if count in (0, len(live)):
+        values, vectors = _solved(matrix)
+    else:
+        values, vectors = matrix.new_zeros(matrix.shape[:-1]), torch.zeros_like(matrix)
+        inner, turned = _solved(matrix[:, live][..., live])
+        values[:, -count:] = inner  # rising, so the zeros come first
+        vectors[:, live, -count:] = turned
+        vectors[:, ~live, :-count] = torch.eye(len(live) - count).to(matrix)
+    return values.flip(-1).clamp(min=0).to(home), vectors.flip(-1).to(home)
+
+
+def _solved(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Return rising eigenvalues and eigenvectors; a solver that gives up gets M + c·1 instead."""
     try:
         values, vectors = torch.linalg.eigh(matrix)
     except RuntimeError:  # LinAlgError is one
-        values, vectors = torch.linalg.eigh(matrix.cpu())
-    return values.flip(-1).clamp(min=0).to(home), vectors.flip(-1).to(home)
+        shift = matrix.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None].cpu()
+        eye = torch.eye(matrix.shape[-1], dtype=matrix.dtype)
+        values, vectors = torch.linalg.eigh(matrix.cpu() + shift[..., None] * eye)
+        values = values - shift
+    return values.to(matrix.device), vectors.to(matrix.device)
 
 
 def energy_rank(eigenvalues: Tensor, eps: float, rule: Rule = "reach") -> int:
@@ -201,7 +259,7 @@ def balanced_basis(grams: Sequence[Gram], weights: Sequence[float], eps: float) 
     """
     merged: Tensor | None = None
     for gram, weight in zip(grams, weights, strict=True):
-        part = weight * gram.matrix / _positive(gram.trace)[:, None, None]
+        part = gram.matrix * _per_energy(gram.trace, weight)[:, None, None]
         merged = part if merged is None else merged + part
     if merged is None:
         raise ValueError("balanced_basis: expected at least one Gram, got none")
@@ -217,8 +275,9 @@ def balanced_basis(grams: Sequence[Gram], weights: Sequence[float], eps: float) 
     return Basis(vectors, values, basis.ranks, torch.stack([energy(basis, gram) for gram in grams]))
 
 
-def _positive(trace: Tensor) -> Tensor:
-    return torch.where(trace > 0, trace, torch.ones_like(trace))
+def _per_energy(trace: Tensor, weight: float) -> Tensor:
+    """Return weight / tr G, 0 for groups without energy or with what a subtraction left of it."""
+    return torch.where(trace > 0, weight / trace, torch.zeros_like(trace))
 
 
 def _ranks_of(gram: Gram, vectors: Tensor, eps: float) -> list[int]:
@@ -267,12 +326,9 @@ def gpm_basis(grams: Sequence[Gram], thresholds: Sequence[float], rule: Rule = "
     this is what an SVD of the raw columns gives. The result depends on the order.
     """
     groups, d = grams[0].total.shape
-    spans = []
-    for group in range(groups):
-        span = grams[0].matrix.new_zeros(d, 0)
-        for at, (gram, eps) in enumerate(zip(grams, thresholds, strict=True)):
-            span = _extended(span, gram.matrix[group], eps, rule if at == 0 else None)
-        spans.append(span)
+    spans = [
+        _merged_span([gram.matrix[at] for gram in grams], thresholds, rule) for at in range(groups)
+    ]
     ranks = tuple(span.shape[1] for span in spans)
     vectors = grams[0].matrix.new_zeros(groups, d, max(ranks))
     for group, span in enumerate(spans):
@@ -282,23 +338,28 @@ def gpm_basis(grams: Sequence[Gram], thresholds: Sequence[float], rule: Rule = "
     return Basis(vectors, basis.eigenvalues, ranks, energies)
 
 
-def _extended(span: Tensor, matrix: Tensor, eps: float, first: Rule | None) -> Tensor:
-    """Return `span` [d, r] with the eigenvectors of what it leaves of `matrix` that `eps` needs."""
-    total = float(matrix.diagonal().sum())
-    if total <= 0:
-        return span
-    if first is not None:
-        values, vectors = eigh(matrix[None])
-        return vectors[0][:, : energy_rank(values[0], eps, first)]
-    inside = span @ (span.mT @ matrix)
-    rest = matrix - inside - inside.mT + span @ (span.mT @ matrix @ span) @ span.mT
-    values, vectors = eigh((rest + rest.mT)[None] / 2)
-    held = 1 - float(rest.diagonal().sum()) / total
-    before = held + torch.cat([values[0].new_zeros(1), values[0].cumsum(0)[:-1]]) / total
-    count = min(int((before < eps).sum()), len(matrix) - span.shape[1])
-    fresh = vectors[0][:, :count]
-    fresh = fresh - span @ (span.mT @ fresh)  # exactly orthogonal to the span, rounding aside
-    return torch.cat([span, torch.linalg.qr(fresh)[0]], dim=1)
+def _merged_span(matrices: Sequence[Tensor], thresholds: Sequence[float], rule: Rule) -> Tensor:
+    """Return the span [d, r] of a sequential merge.
+
+    With N the complement of the span so far, P G P = N (Nᵀ G N) Nᵀ: only the small matrix is
+    decomposed, and the rotated N is split into what joins the span and what is left.
+    """
+    span, rest = matrices[0].new_zeros(len(matrices[0]), 0), None
+    for at, (matrix, eps) in enumerate(zip(matrices, thresholds, strict=True)):
+        total = float(matrix.diagonal().sum())
+        if total <= 0 or span.shape[1] == len(span):
+            continue
+        small = matrix if rest is None else rest.mT @ (matrix @ rest)
+        values, vectors = (found[0] for found in eigh((small + small.mT)[None] / 2))
+        turned = vectors if rest is None else rest @ vectors
+        if at == 0:
+            count = energy_rank(values, eps, rule)
+        else:
+            held = 1 - float(small.diagonal().sum()) / total
+            before = held + (values.cumsum(0) - values) / total
+            count = int((before < eps).sum())
+        span, rest = torch.cat([span, turned[:, :count]], 1), turned[:, count:]
+    return span
 
 
 def energy(basis: Basis, gram: Gram) -> Tensor:
@@ -338,14 +399,14 @@ def _spans(vectors: Tensor, ranks: Sequence[int]) -> Tensor:
 
 def complement(basis: Basis) -> Tensor:
     """Return a basis N of what is left [g, d, w]; ragged groups are filled up with zero columns."""
-    groups, d, width = basis.vectors.shape
+    groups, d, _ = basis.vectors.shape
     free = [d - rank for rank in basis.ranks]
     rest = basis.vectors.new_zeros(groups, d, max(free, default=0))
     for group, (rank, count) in enumerate(zip(basis.ranks, free, strict=True)):
         if not count:
             continue
         vectors = basis.vectors[group]
-        if width < d:
+        if basis.eigenvalues.shape[-1] < d:  # a sequential merge has no vectors beyond its ranks
             vectors = torch.linalg.qr(vectors[:, :rank], mode="complete")[0]
         rest[group, :, :count] = vectors[:, rank:]
     return rest

@@ -60,6 +60,8 @@ RETAINED = (0, 1, 2, 4, 5, 6, 7, 8, 9)
 """Classes in the order of the merge; class 3 is the forgotten one."""
 SAMPLES = (24, 100, 100, 125, 125, 250, 250, 256, 256)
 """Images per layer."""
+BATCH = 64
+"""Images per forward pass of ours; the published way holds the inputs of all images at once."""
 REPEATS = 3
 
 
@@ -187,7 +189,7 @@ def timed_grams(
     ]
     try:
         limits = {view.parameter: count for view, count in zip(chosen, samples, strict=True)}
-        batches = [{"pixel_values": images}]
+        batches = [{"pixel_values": part} for part in images.split(BATCH)]
         grams = collect_grams(model, batches, chosen, limits=limits, patches="interior")
     finally:
         for handle in handles:
