@@ -1201,3 +1201,35 @@ def test_geometry_tells_views_apart():
               nn.ConvTranspose1d(4, 6, 1), Conv1D(6, 4)]  # fmt: skip
     found = [only_view(layer).geometry for layer in layers]
     assert all(one != other for one, other in itertools.combinations(found, 2))
+
+
+def test_a_weight_that_is_also_used_outside_its_layer_is_found_out():
+    def twice(net: Net, x: Tensor) -> Tensor:
+        return net.b(net.a(x) + functional.linear(x.roll(1, -1), net.a.weight))
+
+    model = Net(twice, a=nn.Linear(4, 4), b=nn.Linear(4, 2))
+    _, wrong = covered(model, {"x": torch.rand(3, 4)})
+    assert wrong == {"a.weight": "its weight is also used outside its layer"}
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+@pytest.mark.parametrize("honest", [True, False])
+def test_zeros_are_tried_with_other_numbers(honest):
+    class Doubling(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x if honest else 2 * x)
+
+    model = Net(lambda net, x: net.a(x), a=Doubling(4, 3))
+    nn.init.zeros_(model.a.weight)
+    assert bool(verify(model, {"x": torch.rand(5, 4)}, [only_view(model)])) != honest
+    assert not model.a.weight.any()
+
+
+def test_a_large_bias_hides_nothing():
+    class Shifted(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(1.1 * x)
+
+    model = Net(lambda net, x: net.a(x), a=Shifted(4, 3))
+    nn.init.constant_(model.a.bias, 1e4)
+    assert verify(model, {"x": torch.rand(5, 4)}, [only_view(model)])

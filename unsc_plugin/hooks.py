@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils import parametrize
+from torch.overrides import TorchFunctionMode
 
 from unsc_plugin.errors import ConfigError, NonFiniteError, nearest
 from unsc_plugin.linalg import CHUNK, Gram, centre_of, summing
@@ -373,8 +374,9 @@ def _hooked(module: nn.Module, view: View, seen: Seen) -> Any:
 def verify(model: nn.Module, inputs: Inputs, chosen: Sequence[View]) -> dict[str, str]:
     """Return parameter -> reason of every view that does not explain its layer on this batch.
 
-    A view holds if its modules all fire and ‖W·columns(x) + b − y‖_F ≤ 1e-4·‖y‖_F (1e-9 in float64)
-    at every call.
+    A view holds if its modules all fire, nothing else uses the weight, and at every call
+    ‖W·columns(x) + b − y‖_F ≤ 1e-4·‖y − b‖_F (1e-9 in float64), rounding of y aside. A weight that
+    is all zero is tried with random numbers in its place.
 
     Raises:
         NonFiniteError: the outputs of a layer are not finite.
@@ -396,8 +398,10 @@ def verify(model: nn.Module, inputs: Inputs, chosen: Sequence[View]) -> dict[str
         if not error <= TOLERANCE.get(x.dtype, SINGLE):
             wrong[view.parameter] = f"its output is not W·x + b (relative error {error:.1e})"
 
-    with exact(), watching(model, chosen, seen):
+    with exact(), watching(model, chosen, seen), _Elsewhere(model, chosen) as elsewhere:
         model(**inputs)
+    for parameter in elsewhere.found:
+        wrong.setdefault(parameter, "its weight is also used outside its layer")
     for view in chosen:
         silent = [name for name in view.modules if name not in fired]
         if silent:
@@ -405,27 +409,81 @@ def verify(model: nn.Module, inputs: Inputs, chosen: Sequence[View]) -> dict[str
     return wrong
 
 
-def _mismatch(view: View, module: nn.Module, x: Tensor, y: Tensor) -> float:
+class _Elsewhere(TorchFunctionMode):
+    """Notes the weights of views that something else than their modules computes with."""
+
+    def __init__(self, model: nn.Module, chosen: Sequence[View]) -> None:
+        super().__init__()
+        self.found: set[str] = set()
+        self.inside = 0
+        parameters = dict(model.named_parameters())
+        self.names = {id(parameters[view.parameter]): view.parameter for view in chosen}
+        self.modules = [model.get_submodule(name) for view in chosen for name in view.modules]
+        self.handles: list[Any] = []
+
+    def __enter__(self) -> _Elsewhere:
+        for module in self.modules:
+            self.handles.append(module.register_forward_pre_hook(lambda *_: self._step(1)))
+            self.handles.append(module.register_forward_hook(lambda *_: self._step(-1)))
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
+        for handle in self.handles:
+            handle.remove()
+
+    def _step(self, change: int) -> None:
+        self.inside += change
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if not self.inside and isinstance(result, Tensor):
+            for given in (*args, *(kwargs or {}).values()):
+                for one in given if isinstance(given, (list, tuple)) else (given,):
+                    if id(one) in self.names:
+                        self.found.add(self.names[id(one)])
+        return result
+
+
+def _mismatch(view: View, module: Any, x: Tensor, y: Tensor) -> float:
+    """Return ‖W·columns(x) + b − y‖ / ‖y − b‖, infinity where the shapes do not fit."""
+    weight = module.weight
+    if not bool(weight.detach().any()):
+        with _filled(weight):
+            return _mismatch(view, module, x, module.forward(x))
     try:
         found = columns(view, module, x, y)
     except (RuntimeError, ValueError, IndexError):
         return math.inf
-    weight: Any = module.weight
     rows = view.rows(weight.detach()).to(found.dtype) @ found
-    flat = rows.reshape(-1, found.shape[-1])  # outputs of all groups, in the layer's order
-    bias = module._parameters.get("bias")
-    if bias is not None:
-        flat = flat + bias.detach()[:, None]
+    flat = rows.reshape(-1, found.shape[-1]).double()  # outputs of all groups, in their order
     wanted = (
         y.reshape(-1, y.shape[-1]).mT
         if view.kind in ("linear", "conv1d")
-        else (y.transpose(0, 1).reshape(y.shape[1], -1))
-    )
+        else y.transpose(0, 1).reshape(y.shape[1], -1)
+    ).double()
     if flat.shape != wanted.shape:
         return math.inf
-    scale = float(torch.linalg.vector_norm(wanted.double()))
-    error = float(torch.linalg.vector_norm((flat - wanted).double()))
+    unit = min(torch.finfo(y.dtype).eps, torch.finfo(torch.float32).eps)
+    rounding = 4 * unit * float(torch.linalg.vector_norm(wanted))
+    bias = module._parameters.get("bias")
+    if bias is not None:
+        wanted = wanted - bias.detach().double()[:, None]
+    scale = float(torch.linalg.vector_norm(wanted))
+    error = max(float(torch.linalg.vector_norm(flat - wanted)) - rounding, 0.0)
     return error / scale if scale > 0 else error
+
+
+@contextlib.contextmanager
+def _filled(weight: Tensor) -> Iterator[None]:
+    """Put other numbers than 0 into a weight for the body; they do not depend on any generator."""
+    numbers = torch.arange(1, weight.numel() + 1, device=weight.device, dtype=torch.float64)
+    weight.data.copy_((numbers * 0.6180339887 % 1 - 0.5).view_as(weight))
+    try:
+        yield
+    finally:
+        weight.data.zero_()
 
 
 # --------------------------------------------------------------------------- Gram matrices
@@ -454,9 +512,12 @@ def collect_grams(
     def seen(view: View, module: nn.Module, x: Tensor, y: Tensor) -> None:
         rows, mask = len(next(iter(batch.values()))), batch.get("attention_mask")
         limit = (limits or {}).get(view.parameter)
-        if limit is not None and len(x) == rows:
-            x, y = x[: max(limit - done, 0)], y[: max(limit - done, 0)]
-            mask = None if mask is None else mask[: len(x)]
+        if limit is not None and len(x) % rows == 0:  # windows of a sample follow one another
+            left = min(max(limit - done, 0), rows)
+            if not left:
+                return
+            x, y = x[: left * len(x) // rows], y[: left * len(y) // rows]
+            mask = None if mask is None else mask[:left]
         if view.kind in ("linear", "conv1d"):
             real = None if keep_padding else mask
             flat = x.reshape(-1, view.d)
