@@ -12,8 +12,9 @@ arXiv 2103.09762) the sequential merge.
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -153,6 +154,7 @@ def summing(part: Tensor) -> torch.dtype:
     return torch.float32 if part.device.type == "mps" else torch.float64
 
 
+@functools.lru_cache(maxsize=2)  # one layer's buckets are unpacked one after the other
 def _triangle(d: int, device: torch.device) -> tuple[Tensor, Tensor]:
     row, column = torch.triu_indices(d, d, device=device)
     return row, column
@@ -224,13 +226,14 @@ class Basis:
 
     `vectors` [g, d, w], w = d or, for a sequential merge, the highest rank; `eigenvalues` [g, d] of
     the merged Gram, falling (empty for a sequential merge); `energies` [B] the share of tr G_b that
-    the span keeps of every bucket (NaN for an empty one).
+    the span keeps of every bucket (NaN for an empty one); `left` [B, g] the energy outside it.
     """
 
     vectors: Tensor
     eigenvalues: Tensor
     ranks: tuple[int, ...]
     energies: Tensor
+    left: Tensor
 
     @property
     def d(self) -> int:
@@ -271,8 +274,23 @@ def balanced_basis(grams: Sequence[Gram], weights: Sequence[float], eps: float) 
             found = _ranks_of(gram, vectors, eps)
             ranks = [max(pair) for pair in zip(ranks, found, strict=True)]
     ranks = [_whole_eigenspace(row, rank) for row, rank in zip(values.tolist(), ranks, strict=True)]
-    basis = Basis(vectors, values, tuple(ranks), torch.empty(0))
-    return Basis(vectors, values, basis.ranks, torch.stack([energy(basis, gram) for gram in grams]))
+    return _with_energies(vectors, values, tuple(ranks), grams)
+
+
+def _with_energies(
+    vectors: Tensor, values: Tensor, ranks: tuple[int, ...], grams: Sequence[Gram]
+) -> Basis:
+    basis = Basis(vectors, values, ranks, torch.empty(0), torch.empty(0))
+    left, energies = [], []
+    for gram in grams:
+        left.append(residual(basis, gram))
+        energies.append(_share(gram, left[-1]))
+    return Basis(vectors, values, ranks, torch.stack(energies), torch.stack(left))
+
+
+def _share(gram: Gram, left: Tensor) -> Tensor:
+    total = gram.trace.sum()
+    return 1 - left.sum() / total if total > 0 else total.new_tensor(math.nan)
 
 
 def _per_energy(trace: Tensor, weight: float) -> Tensor:
@@ -313,8 +331,7 @@ def pooled_basis(gram: Gram, eps: float, rule: Rule = "reach") -> Basis:
     """Return the leading eigenspace of one Gram by :func:`energy_rank`, group by group."""
     values, vectors = eigh(gram.matrix)
     ranks = tuple(energy_rank(row, eps, rule) for row in values)
-    basis = Basis(vectors, values, ranks, torch.empty(0))
-    return Basis(vectors, values, ranks, energy(basis, gram)[None])
+    return _with_energies(vectors, values, ranks, [gram])
 
 
 def gpm_basis(grams: Sequence[Gram], thresholds: Sequence[float], rule: Rule = "reach") -> Basis:
@@ -333,9 +350,7 @@ def gpm_basis(grams: Sequence[Gram], thresholds: Sequence[float], rule: Rule = "
     vectors = grams[0].matrix.new_zeros(groups, d, max(ranks))
     for group, span in enumerate(spans):
         vectors[group, :, : span.shape[1]] = span
-    basis = Basis(vectors, vectors.new_zeros(groups, 0), ranks, torch.empty(0))
-    energies = torch.stack([energy(basis, gram) for gram in grams])
-    return Basis(vectors, basis.eigenvalues, ranks, energies)
+    return _with_energies(vectors, vectors.new_zeros(groups, 0), ranks, grams)
 
 
 def _merged_span(matrices: Sequence[Tensor], thresholds: Sequence[float], rule: Rule) -> Tensor:
@@ -364,9 +379,7 @@ def _merged_span(matrices: Sequence[Tensor], thresholds: Sequence[float], rule: 
 
 def energy(basis: Basis, gram: Gram) -> Tensor:
     """Return the share of a Gram's energy that the span keeps, Σ_groups tr(UᵀGU) / Σ tr G."""
-    total = gram.trace.sum()
-    kept = gram.trace - residual(basis, gram)
-    return kept.sum() / total if total > 0 else total.new_tensor(math.nan)
+    return _share(gram, residual(basis, gram))
 
 
 def worst_energy(basis: Basis) -> float:
@@ -467,7 +480,22 @@ def drift(update: Tensor, weight: Tensor, gram: Gram) -> float:
 
     A response of 0 that starts to move gives infinity; one that stays 0 gives 0.
     """
-    change, response = moved(update, gram), moved(weight, gram)
+    return _relative(moved(update, gram), moved(weight, gram))
+
+
+def drifts(update: Tensor, weight: Tensor, grams: Iterable[Gram]) -> list[float]:
+    """Return δ for several Gram matrices, by ‖ΔW X‖²_F = ⟨ΔWᵀΔW, G⟩ with one product in all."""
+    change = update.double().mT @ update.double()
+    response = weight.double().mT @ weight.double()
+    found = []
+    for gram in grams:
+        here = gram.matrix.device
+        sizes = [float((square.to(here) * gram.matrix).sum()) for square in (change, response)]
+        found.append(_relative(*(math.sqrt(max(size, 0.0)) for size in sizes)))
+    return found
+
+
+def _relative(change: float, response: float) -> float:
     if response > 0:
         return change / response
     return math.inf if change > 0 else 0.0
@@ -482,10 +510,10 @@ def spectral_norms(update: Tensor) -> Tensor:
     return largest.clamp(min=0).sqrt()
 
 
-def drift_bound(update: Tensor, left: Tensor) -> float:
-    """Return √Σ_groups ‖ΔW‖₂²·left ≥ ‖ΔW P X‖_F, `left` from :func:`residual`."""
+def drift_bound(update: Tensor, left: Tensor) -> Tensor:
+    """Return √Σ_groups ‖ΔW‖₂²·left ≥ ‖ΔW P X‖_F, `left` [..., g] from :func:`residual`; [...]."""
     norms = spectral_norms(update)
-    return math.sqrt(float((norms**2 * left.to(norms.device)).sum()))
+    return (norms**2 * left.to(norms.device)).sum(-1).sqrt()
 
 
 def largest_sine(first: Tensor, second: Tensor) -> float:

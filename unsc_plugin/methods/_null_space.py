@@ -302,7 +302,7 @@ def _stale(known: Known, model: nn.Module, task: UnlearningTask, settings: Setti
             continue
         before = view.rows(anchor[view.parameter].double())
         delta = view.rows(parameters[view.parameter].detach().cpu().double()) - before
-        worst = [linalg.drift(delta, before, known.gram(view.parameter, b)) for b in live]
+        worst = linalg.drifts(delta, before, (known.gram(view.parameter, b) for b in live))
         total += max(worst, default=0.0)
     return total > settings.max_lineage_drift
 
@@ -650,7 +650,6 @@ def _layer(found: Subspaces, view: View, settings: Settings, task: UnlearningTas
             return "its retained inputs are all zero, as after a failed capture"
         task.warn(f"layer {view.name} has no interior window, so nothing constrains it")
     basis = _basis(found, grams, view, settings)
-    left = torch.stack([linalg.residual(basis, gram).cpu() for gram in grams])
     worst = linalg.worst_energy(basis)
     forget = _forget_energy(found, view, basis, scale)
     row: dict[str, Any] = {
@@ -664,7 +663,7 @@ def _layer(found: Subspaces, view: View, settings: Settings, task: UnlearningTas
         "contrast": None if forget is None or not 1 - worst > 1e-12 else forget / (1 - worst),
     }
     headroom = 1.0 if basis.free else _headroom(basis, grams)
-    return Layer(view, Projector.from_basis(basis), scale, left, row, headroom)
+    return Layer(view, Projector.from_basis(basis), scale, basis.left.cpu(), row, headroom)
 
 
 def _basis(found: Subspaces, grams: _Lazy, view: View, settings: Settings) -> Basis:
@@ -867,11 +866,13 @@ def certify(
         change = joined(layer, after) - base
         step = joined(layer, after) - joined(layer, before)
         earlier = found.known.bounds.get(name)
-        delta[name], bound[name] = [], []
-        for at, (bucket, gram) in enumerate(found.retained(layer)):
-            delta[name].append(linalg.drift(change, base, gram))
-            own = linalg.drift_bound(step, layer.left[at])
-            bound[name].append(own + (earlier[bucket] if earlier else 0.0))
+        delta[name] = linalg.drifts(change, base, (gram for _, gram in found.retained(layer)))
+        bound[name] = [
+            own + (earlier[bucket] if earlier else 0.0)
+            for bucket, own in zip(
+                found.weights, linalg.drift_bound(step, layer.left).tolist(), strict=True
+            )
+        ]
     return Certificate(tuple(found.weights), delta, bound)
 
 

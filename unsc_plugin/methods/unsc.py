@@ -45,7 +45,8 @@ class UNSC(UnlearningMethod):
 
     With X the retained inputs of a layer Y = W X, G = X Xᵀ, U the class-balanced subspace that
     keeps the share `eps` of every retained class's energy and P = I − U Uᵀ: every update is ΔW P,
-    so that ‖ΔW P X‖ ≤ ‖ΔW‖₂·√(tr G − tr UᵀGU); for eps = 1 retained logits do not change at all.
+    so that ‖ΔW P X‖ ≤ ‖ΔW‖₂·√(tr G − tr UᵀGU); for eps = 1 retained logits do not change, but for
+    what directions with less than 1e-12 of the energy carry.
     Biases, norms and embeddings stay. Targets: argmax over the remaining classes of the original
     logits for samples of forgotten classes; for single instances, the confidences of validation
     data (`instance_label`). Training ends when `stop_at` of the forget samples keep their label.
