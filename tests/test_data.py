@@ -614,6 +614,7 @@ def test_a_hub_set_is_loaded_through_datasets(monkeypatch, pictures):
 # Rows of train and test and the classes' counts in train, as the README of the data states them.
 REAL = {
     "cifar10-small": (10_000, 1000, [1000] * 10),
+    "fashion_mnist-small": (8000, 5000, None),
     "fashion_mnist": (60_000, 10_000, [6000] * 10),
     "adult": (32_561, 16_281, [24_720, 7841]),
     "bank": (36_169, 9042, None),
