@@ -9,6 +9,7 @@ import yaml
 from command_line import tree, unsc
 
 from unsc_plugin import bench, record
+from unsc_plugin._cli import views
 from unsc_plugin._cli.arguments import variants
 
 REQUEST = ("--data", "digits", "--forget", "class:3", "--recipe", "epochs=2", "--device", "cpu")
@@ -120,3 +121,20 @@ def test_a_board_shows_certificates_and_which_controls_are_missing(cache, tmp_pa
         for entry in ("unsc", "unsc.random_labels")
     ]
     assert drifts == [(drift,) for drift in stored]
+
+
+def test_every_layer_shows_its_own_numbers_whatever_the_order_of_the_record(capsys):
+    layer = {"d": 4, "rank": 1, "free": 3, "worst_energy": 0.98, "contrast": 1.0}
+    stats = {
+        "subspaces": {"layers": [{"layer": "stem", **layer}, {"layer": "head", **layer}]},
+        "certificate": {
+            "drift": 0.75,
+            "buckets": [0, 7],
+            "delta": {"head.weight": [0.25, 0.125], "stem.weight": [0.25, 0.5]},  # sorted by name
+            "bound": {"head.weight": [1.0, 2.0], "stem.weight": [4.0, 3.0]},
+        },
+    }
+    views.show_notes(stats)
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    shown = {row[0]: row[-3:] for row in rows if row and row[0] in ("stem", "head")}
+    assert shown == {"stem": ["0.5000", "7", "4.0000"], "head": ["0.2500", "0", "2.0000"]}

@@ -135,7 +135,7 @@ def test_two_processes_give_the_gram_matrices_of_one(two: list[dict[str, Any]]) 
     for found in two:
         close(one["grams"], found["grams"], 1e-12)
         assert all(torch.equal(one["counts"][n], count) for n, count in found["counts"].items())
-        assert found["read"] == one["read"] or sum(found["read"].values()) > 0
+        assert found["read"] == one["read"]  # of all processes together, every row once
 
 
 @pytest.mark.slow

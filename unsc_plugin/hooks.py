@@ -314,7 +314,9 @@ def exact() -> Iterator[None]:
         with (
             torch.no_grad(),
             torch.autocast("cpu", enabled=False),
-            torch.autocast("cuda", enabled=False) if torch.cuda.is_available() else _nothing(),
+            torch.autocast("cuda", enabled=False)
+            if torch.cuda.is_available()
+            else contextlib.nullcontext(),
         ):
             yield
     finally:
@@ -333,10 +335,6 @@ def _precision_switches() -> list[tuple[Any, str, Any]]:
     cudnn, mkldnn = backends.cudnn, backends.mkldnn
     places = (backends.cuda.matmul, cudnn.conv, cudnn.rnn, mkldnn.matmul, mkldnn.conv, mkldnn.rnn)
     return [(place, "fp32_precision", "ieee") for place in places]
-
-
-def _nothing() -> contextlib.AbstractContextManager[None]:
-    return contextlib.nullcontext()
 
 
 Seen = Callable[[View, nn.Module, Tensor, Tensor], None]

@@ -327,6 +327,26 @@ def _whole_eigenspace(values: Sequence[float], rank: int) -> int:
     return rank
 
 
+def semidefinite(gram: Gram, tolerance: float) -> bool:
+    """Return whether no eigenvalue lies below −tolerance·λ_1, by a Cholesky factorisation.
+
+    λ_1 is estimated from below, by 20 steps of the power method.
+    """
+    largest = torch.linalg.matrix_norm(gram.matrix, ord="fro")  # between λ_1 and √d·λ_1
+    some = largest > 0
+    if not bool(some.any()):
+        return True
+    vector = gram.matrix.sum(-1, keepdim=True) + 1e-3 * largest[:, None, None]
+    for _ in range(20):
+        vector = gram.matrix @ vector
+        vector = vector / vector.norm(dim=1, keepdim=True).clamp(min=1e-300)
+    top = (vector.mT @ gram.matrix @ vector)[:, 0, 0].clamp(min=0)
+    shift = tolerance * torch.where(top > 0, top, largest)
+    eye = torch.eye(gram.matrix.shape[-1], dtype=torch.float64, device=gram.matrix.device)
+    _, info = torch.linalg.cholesky_ex((gram.matrix + shift[:, None, None] * eye)[some])
+    return bool((info == 0).all())
+
+
 def pooled_basis(gram: Gram, eps: float, rule: Rule = "reach") -> Basis:
     """Return the leading eigenspace of one Gram by :func:`energy_rank`, group by group."""
     values, vectors = eigh(gram.matrix)
@@ -412,16 +432,22 @@ def _spans(vectors: Tensor, ranks: Sequence[int]) -> Tensor:
 
 def complement(basis: Basis) -> Tensor:
     """Return a basis N of what is left [g, d, w]; ragged groups are filled up with zero columns."""
-    groups, d, _ = basis.vectors.shape
-    free = [d - rank for rank in basis.ranks]
-    rest = basis.vectors.new_zeros(groups, d, max(free, default=0))
-    for group, (rank, count) in enumerate(zip(basis.ranks, free, strict=True)):
+    whole = basis.eigenvalues.shape[-1] == basis.d  # a sequential merge ends at its ranks
+    return _beyond(basis.vectors, basis.ranks, whole)
+
+
+def _beyond(vectors: Tensor, ranks: Sequence[int], whole: bool) -> Tensor:
+    """Return the vectors from `ranks[i]` on; those that are not there come from a QR."""
+    groups, d, _ = vectors.shape
+    free = [d - rank for rank in ranks]
+    rest = vectors.new_zeros(groups, d, max(free, default=0))
+    for group, (rank, count) in enumerate(zip(ranks, free, strict=True)):
         if not count:
             continue
-        vectors = basis.vectors[group]
-        if basis.eigenvalues.shape[-1] < d:  # a sequential merge has no vectors beyond its ranks
-            vectors = torch.linalg.qr(vectors[:, :rank], mode="complete")[0]
-        rest[group, :, :count] = vectors[:, rank:]
+        found = vectors[group]
+        if not whole:
+            found = torch.linalg.qr(found[:, :rank], mode="complete")[0]
+        rest[group, :, :count] = found[:, rank:]
     return rest
 
 
@@ -460,6 +486,10 @@ class Projector:
         """Return M P for rows M [g, o, d]."""
         inside = (rows @ self.factor) @ self.factor.mT
         return inside if self.keeps_free else rows - inside
+
+    def free_directions(self) -> Tensor:
+        """Return N [g, d, w]; ragged groups are filled up with zero columns."""
+        return self.factor if self.keeps_free else _beyond(self.factor, self.ranks, whole=False)
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Projector:
         """Return the projector on another device or in another precision."""

@@ -390,10 +390,10 @@ def show_notes(stats: Mapping[str, Any]) -> None:
     certificate, subspaces = last.get("certificate"), last.get("subspaces")
     if not certificate or not subspaces:
         return
-    names = list(certificate["delta"])
     table = []
-    for name, layer in zip(names, subspaces["layers"], strict=True):
-        deltas, bounds = certificate["delta"][name], certificate["bound"][name]
+    for layer in subspaces["layers"]:
+        weight = f"{layer['layer']}.weight".lstrip(".")  # a record sorts its keys
+        deltas, bounds = certificate["delta"][weight], certificate["bound"][weight]
         worst = max(range(len(deltas)), key=lambda at: deltas[at] or 0.0, default=None)
         table.append(
             (

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from unsc_plugin.errors import CacheMismatch, RequestError
 from unsc_plugin.linalg import Gram
+from unsc_plugin.spec import fingerprint
 
 FORMAT = 1
 """Raised whenever an entry's meaning changes; part of every key."""
@@ -179,7 +180,7 @@ class Store:
     def __init__(self, cache: Path, key_parts: Mapping[str, Any]) -> None:
         self.root = cache / "grams"
         self.parts = {"format": FORMAT, **key_parts}
-        self.home = self.root / key_of(self.parts)
+        self.home = self.root / fingerprint(self.parts)
 
     def sibling(self, model_sha256: str) -> Store:
         """Return the store of another model with the same settings."""
@@ -331,12 +332,6 @@ def drop_anchor(entry: Entry) -> None:
     """Delete the weights an entry belongs to; its Gram matrices stay."""
     if entry.folder is not None:
         (entry.folder / ANCHOR).unlink(missing_ok=True)
-
-
-def key_of(parts: Mapping[str, Any]) -> str:
-    """Return the SHA-256 of the canonical JSON of `parts`."""
-    text = json.dumps(parts, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def bucket_map(classes: int, bytes_per_class: int, gib: float) -> list[int]:

@@ -220,12 +220,18 @@ def _known(
     known = store.find(samples, forget) if store else None
     if not engine.everywhere(known is not None, task.accelerator):
         known = None
-    if known is not None and not known.anchored and _stale(known, model, task, settings):
+    anchor = None if known is None or known.anchored else anchor_of(known.entry)
+    live = weighted_classes(buckets, known.samples.counts(task.num_classes)) if known else {}
+    if (
+        known
+        and anchor
+        and _drifted(known, anchor, model, views, live) > settings.max_lineage_drift
+    ):
         task.warn(
             "the drift since the Gram matrices were captured exceeds max_lineage_drift "
             f"{settings.max_lineage_drift}; they are captured again"
         )
-        known = None
+        known = anchor = None
     source = "lineage" if known and not known.anchored else "stored"
     if known is None:
         if samples is None:
@@ -245,7 +251,7 @@ def _known(
         weights=weighted_classes(buckets, left.counts(task.num_classes)),
         gone=classes_gone(task, known.samples),
         source=source,
-        anchor=None if known.anchored else anchor_of(known.entry),
+        anchor=anchor,
         forget=forget,
     )
 
@@ -289,22 +295,23 @@ def _unsaved(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _stale(known: Known, model: nn.Module, task: UnlearningTask, settings: Settings) -> bool:
-    anchor = anchor_of(known.entry)
-    if anchor is None:
-        return False
-    views, _ = hooks.views(model, settings.include, settings.exclude, max_dim=settings.max_dim)
+def _drifted(
+    known: Known,
+    anchor: Mapping[str, Tensor],
+    model: nn.Module,
+    views: list[View],
+    live: Mapping[int, int],
+) -> float:
+    """Return the drift of `model` from its anchor, over the buckets with samples left."""
     parameters = dict(model.named_parameters())
-    live = weighted_classes(_buckets(task, settings, views), known.samples.counts(task.num_classes))
     total = 0.0
     for view in views:
-        if view.parameter not in known.entry.moments or view.parameter not in anchor:
-            continue
-        before = view.rows(anchor[view.parameter].double())
-        delta = view.rows(parameters[view.parameter].detach().cpu().double()) - before
-        worst = linalg.drifts(delta, before, (known.gram(view.parameter, b) for b in live))
-        total += max(worst, default=0.0)
-    return total > settings.max_lineage_drift
+        if view.parameter in known.entry.moments:
+            before = view.rows(anchor[view.parameter].double())
+            delta = view.rows(parameters[view.parameter].detach().cpu().double()) - before
+            grams = (known.gram(view.parameter, bucket) for bucket in live)
+            total += max(linalg.drifts(delta, before, grams), default=0.0)
+    return total
 
 
 # --------------------------------------------------------------------------- capture
@@ -323,7 +330,7 @@ def _capture(
     sources = [task.rows(split) for split in (Split.RETAIN, Split.FORGET) if task.size(split)]
     rows = _joined(sources)
     wide = _for_capture(model, settings)
-    trial = _widened(_trial(rows, task), wide)
+    trial = widened(_trial(rows, task), wide)
     wrong = hooks.verify(wide, trial, views)
     covered = [view for view in views if view.parameter not in wrong]
     keep = task.modality == "text" and hooks.padding_matters(wide, trial)
@@ -389,7 +396,7 @@ def _grams_of(
                     augmented = settings.view == "augmented"
                     seen = _augmented(batch, task) if augmented else batch.inputs
                     mine_only = {key: value[real] for key, value in seen.items()}
-                    yield _widened(mine_only, model)
+                    yield widened(mine_only, model)
 
     grams = hooks.collect_grams(
         model, inputs(), views, limits=limits, patches=settings.patches, keep_padding=keep_padding
@@ -402,10 +409,10 @@ def _grams_of(
     return grams
 
 
-def _widened(inputs: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+def widened(inputs: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     """Return the inputs in the precision of the model's weights."""
     dtype = next(model.parameters()).dtype
-    return {k: v.to(dtype) if v.is_floating_point() else v for k, v in inputs.items()}
+    return {k: v.to(dtype) if torch.is_floating_point(v) else v for k, v in inputs.items()}
 
 
 def _joined(sources: list[Rows]) -> list[Rows]:
@@ -560,7 +567,7 @@ def _hold(
         energy, rest = float(whole.trace.sum()), float(left.trace.sum())
         if -NEGATIVE * energy <= rest < CANCELLED * energy:
             cancelled = True
-        elif not _semidefinite(left):
+        elif not linalg.semidefinite(left, NEGATIVE):
             raise GramMismatch(
                 f"layer {view.name}, bucket {bucket}: taking the forget samples out leaves "
                 "negative energy, so the stored Gram matrices are of another model or other data; "
@@ -587,24 +594,6 @@ def _hold(
         found.leaving[view.parameter].put(bucket, whole)
 
 
-def _semidefinite(gram: Gram) -> bool:
-    """Return whether no eigenvalue lies below −1e-5 of the largest, by a Cholesky factorisation."""
-    largest = torch.linalg.matrix_norm(gram.matrix, ord="fro")  # between λ_1 and √d·λ_1
-    vector = gram.matrix.sum(-1, keepdim=True) + 1e-3 * largest[:, None, None]
-    for _ in range(20):
-        vector = gram.matrix @ vector
-        length = vector.norm(dim=1, keepdim=True)
-        vector = vector / length.clamp(min=1e-300)
-    top = (vector.mT @ gram.matrix @ vector)[:, 0, 0].clamp(min=0)
-    shift = NEGATIVE * torch.where(top > 0, top, largest)
-    eye = torch.eye(gram.matrix.shape[-1], dtype=torch.float64, device=gram.matrix.device)
-    some = largest > 0
-    if not bool(some.any()):
-        return True
-    _, info = torch.linalg.cholesky_ex((gram.matrix + shift[:, None, None] * eye)[some])
-    return bool((info == 0).all())
-
-
 # --------------------------------------------------------------------------- subspaces
 
 
@@ -614,7 +603,7 @@ def _decompose(
     """Find every layer's free directions; with several processes each takes its share of them."""
     world, rank = engine.world(task.accelerator), engine.rank(task.accelerator)
     mine = {
-        view.parameter: _layer(found, view, settings, task)
+        view.parameter: _layer(found, view, settings)
         for at, view in enumerate(views)
         if at % world == rank
     }
@@ -624,6 +613,8 @@ def _decompose(
             found.frozen[view.parameter] = layer
             task.warn(f"{view.parameter} stays as it is: {layer}")
             continue
+        if layer.row["worst_energy"] is None:
+            task.warn(f"layer {view.name} has no interior window, so nothing constrains it")
         found.layers[view.parameter] = layer
     full = [name for name, layer in found.layers.items() if not layer.row["free"]]
     for name in full:
@@ -639,16 +630,14 @@ def _decompose(
     found.full = full
 
 
-def _layer(found: Subspaces, view: View, settings: Settings, task: UnlearningTask) -> Layer | str:
+def _layer(found: Subspaces, view: View, settings: Settings) -> Layer | str:
     """Return a layer's projector and diagnosis, or why it is frozen."""
     plain = _Lazy(found, view.parameter, None)
     scale = _bias_scale(plain, view) if settings.bias == "augment" else None
     grams = _Lazy(found, view.parameter, scale)
     energy = found.known.entry.moments[view.parameter].energy()
-    if not bool((energy[list(found.weights)] > 0).any()):
-        if settings.patches == "true":
-            return "its retained inputs are all zero, as after a failed capture"
-        task.warn(f"layer {view.name} has no interior window, so nothing constrains it")
+    if settings.patches == "true" and not bool((energy[list(found.weights)] > 0).any()):
+        return "its retained inputs are all zero, as after a failed capture"
     basis = _basis(found, grams, view, settings)
     worst = linalg.worst_energy(basis)
     forget = _forget_energy(found, view, basis, scale)
@@ -708,9 +697,7 @@ def _forget_grams(found: Subspaces, view: View) -> Iterator[Gram]:
     here = set(torch.tensor(found.buckets)[_labels_of(found)].tolist())
     for bucket in sorted(here):
         if bucket not in found.weights:
-            yield found.known.gram(
-                view.parameter, bucket
-            )  # all that is left of it is to be forgotten
+            yield found.known.gram(view.parameter, bucket)  # all of it is to be forgotten
         elif view.parameter in found.leaving:
             yield found.leaving[view.parameter].at(bucket)
 

@@ -20,7 +20,6 @@ from torch.nn.utils import parametrize
 from unsc_plugin import engine, hooks
 from unsc_plugin.errors import DivergedError, NonFiniteError, RequestError
 from unsc_plugin.hooks import View
-from unsc_plugin.linalg import Projector
 from unsc_plugin.method import (
     Batch,
     Loader,
@@ -171,12 +170,7 @@ def _rounded(row: Mapping[str, Any]) -> dict[str, Any]:
 
 def _widened(model: nn.Module, args: Any, inputs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     """Give inputs the precision of the weights, which may be wider than the model came in."""
-    dtype = next(model.parameters()).dtype
-    wide = {
-        key: value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
-        for key, value in inputs.items()
-    }
-    return args, wide
+    return args, null_space.widened(inputs, model)
 
 
 def _tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
@@ -613,9 +607,9 @@ class _Projection:
             if parameter.grad is None:
                 continue
             bias = self._bias(layer)
-            rows = self._rows(layer, parameter.grad, None if bias is None else bias.grad, True)
-            self._put(layer, self.projectors[name].apply(rows), parameter.grad,
-                      None if bias is None else bias.grad, True)  # fmt: skip
+            slope = None if bias is None else bias.grad
+            rows = self._rows(layer, parameter.grad, slope, True)
+            self._put(layer, self.projectors[name].apply(rows), parameter.grad, slope)
 
     def _project_updates(self) -> None:
         """W ← W₀ + (W − W₀)·P: exact for every optimiser, and no rounding adds up."""
@@ -627,7 +621,7 @@ class _Projection:
                 if bias is not None and layer.view.bias is not None:
                     bias.sub_(self.start[layer.view.bias])
                 rows = self._rows(layer, parameter, bias, False)
-                self._put(layer, self.projectors[name].apply(rows), parameter, bias, False)
+                self._put(layer, self.projectors[name].apply(rows), parameter, bias)
                 parameter.add_(start)
                 if bias is not None and layer.view.bias is not None:
                     bias.add_(self.start[layer.view.bias])
@@ -646,9 +640,7 @@ class _Projection:
         factor = layer.scale if gradient else 1 / layer.scale
         return torch.cat([rows, factor * bias.reshape(view.groups, view.out, 1)], dim=-1)
 
-    def _put(
-        self, layer: Layer, rows: Tensor, weight: Tensor, bias: Tensor | None, gradient: bool
-    ) -> None:
+    def _put(self, layer: Layer, rows: Tensor, weight: Tensor, bias: Tensor | None) -> None:
         """Undo :meth:`_rows` in place; a gradient of b/s goes back as that of b's own step."""
         view = layer.view
         with torch.no_grad():
@@ -664,7 +656,7 @@ class _Projection:
                 continue
             module = model.get_submodule(layer.view.name)
             attribute = name.rpartition(".")[2]
-            factor = _free_factor(layer.projector).to(self.start[name])
+            factor = self.projectors[name].free_directions()
             start = self.start[name]
             self.order[module] = list(module._parameters)
             parametrize.register_parametrization(
@@ -690,16 +682,3 @@ class _Projection:
             for name in self.order[module]:
                 held[name] = held.pop(name)
         self.others = []
-
-
-def _free_factor(projector: Projector) -> Tensor:
-    """Return N [g, d, w]; from U it is completed by a QR factorisation."""
-    if projector.keeps_free:
-        return projector.factor
-    groups, d, _ = projector.factor.shape
-    free = [d - rank for rank in projector.ranks]
-    whole = projector.factor.new_zeros(groups, d, max(free))
-    for group, (rank, count) in enumerate(zip(projector.ranks, free, strict=True)):
-        complete = torch.linalg.qr(projector.factor[group, :, :rank], mode="complete")[0]
-        whole[group, :, :count] = complete[:, rank:]
-    return whole
