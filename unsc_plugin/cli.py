@@ -248,7 +248,8 @@ def run(
     from unsc_plugin._cli.progress import Watch
     from unsc_plugin.spec import EntrySpec
 
-    arguments.writable("--out", folder)
+    if not preflight:
+        arguments.writable("--out", folder)
     arguments.writable("--cache", cache or pool.default_root())
     pipeline.quiet_libraries()
     _threads(threads)
@@ -284,7 +285,8 @@ def run(
         unit = pipeline.Unit(EntrySpec(method=chosen.method, set=chosen.set))
         _check_before_training(setting, unit, maker)
         if preflight:
-            _diagnose(setting, unit, {_label(one): m for one, m in zip(every, makers, strict=True)})
+            methods = {_label(one): made for one, made in zip(every, makers, strict=True)}
+            _diagnose(setting, unit, methods, shown=place.is_main_process)
             return
         finished = pipeline.run_unit(setting, unit, catch=False)
         original = pipeline.evaluate_original(setting, unit)
@@ -313,10 +315,14 @@ def _label(chosen: Experiment) -> str:
     return f"{chosen.method} on {chosen.data} with {chosen.model} {settings}".strip()
 
 
-def _diagnose(setting: Setting, unit: Unit, methods: dict[str, UnlearningMethod]) -> None:
+def _diagnose(
+    setting: Setting, unit: Unit, methods: dict[str, UnlearningMethod], *, shown: bool
+) -> None:
     from unsc_plugin import run as pipeline
 
     found = {label: pipeline.diagnose(setting, unit, one) for label, one in methods.items()}
+    if not shown:
+        return
     if state.as_json:
         emit([{"run": label, **one} for label, one in found.items()])
         return
