@@ -21,8 +21,10 @@ from torch.nn import functional
 from torch.nn.utils import parametrize
 from torch.overrides import TorchFunctionMode
 
+from unsc_plugin._windows import Workspace as Workspace
+from unsc_plugin._windows import window_gram
 from unsc_plugin.errors import ConfigError, NonFiniteError, nearest
-from unsc_plugin.linalg import CHUNK, Gram, centre_of, summing
+from unsc_plugin.linalg import CHUNK, Gram
 
 Kind = Literal["linear", "conv", "transposed", "conv1d"]
 Patches = Literal["true", "interior"]
@@ -495,15 +497,19 @@ def collect_grams(
     limits: Mapping[str, int] | None = None,
     patches: Patches = "true",
     keep_padding: bool = False,
+    room: Workspace | None = None,
 ) -> dict[str, Gram]:
     """Return parameter -> Gram of everything that enters the views over `batches`.
 
     Columns are multiplied in the model's precision and summed in float64; nothing is stored.
+    Windows of a plain 2d convolution are never made: :func:`window_gram` finds their products, in
+    float64. `room` is memory that several calls share.
     `limits` gives per parameter the number of first samples that are used. Token positions whose
     attention_mask is 0 are left out of layers that see [B, T, d], unless `keep_padding`.
     """
     device = next(model.parameters()).device
     grams = {view.parameter: Gram.zeros(view.groups, view.d, device) for view in chosen}
+    used = room or Workspace()
     done = 0
     batch: Inputs = {}
 
@@ -524,9 +530,11 @@ def collect_grams(
             grams[view.parameter].add(flat.mT[None])
             return
         if view.kind == "conv" and _shares(module, x, patches):
-            used: Any = module
+            kernel: Any = module.kernel_size
             padded = x if patches == "interior" else _padded(module, x, y)
-            _add_windows(grams[view.parameter], padded, view.groups, used.kernel_size)
+            gram = grams[view.parameter]
+            padded = padded.to(gram.matrix.device)
+            gram.put(*window_gram(padded, view.groups, kernel, used))
             return
         positions = max(math.prod(y.shape[2:]), 1)
         for part, out in zip(
@@ -552,84 +560,6 @@ def _shares(module: Any, x: Tensor, patches: Patches) -> bool:
         and module.in_channels // module.groups >= 8
         and all(side >= 2 * k for side, k in zip(x.shape[2:], module.kernel_size, strict=True))
     )
-
-
-def _lines(places: int, count: int) -> list[tuple[int, int, slice]]:
-    """Return (start, stop, windows): which of `count` shifted ranges of `places` lines hold them.
-
-    The lines that all ranges hold are one piece, every other line is its own.
-    """
-    core = [(count - 1, places)] if count - 1 < places else []
-    first = min(count - 1, places)
-    single = [*range(first), *range(max(places, first), places + count - 1)]
-    pieces = core + [(line, line + 1) for line in single]
-    return [
-        (start, stop, slice(max(stop - places, 0), min(start, count - 1) + 1))
-        for start, stop in pieces
-    ]
-
-
-def _add_windows(gram: Gram, x: Tensor, groups: int, kernel: Sequence[int]) -> None:
-    """Add all windows of stride 1 of x [n, C, H, W], every product of two shifts computed once.
-
-    The entry of a window's offsets i and j is Σ_p x(p+i) x(p+j)ᵀ: for j − i = δ fixed, sums of
-    one product x(q) x(q+δ)ᵀ over ranges of q that differ at the borders only. Channels are centred
-    where columns would be.
-    """
-    high, wide = kernel
-    places = x.shape[2] - high + 1, x.shape[3] - wide + 1
-    total = gram.total.new_zeros(groups, x.shape[1] // groups, high, wide)
-    summed = x.sum(0, dtype=summing(x)).to(total)
-    for row in range(high):
-        for column in range(wide):
-            window = summed[:, row : row + places[0], column : column + places[1]]
-            total[:, :, row, column] = window.sum((1, 2)).view(groups, -1)
-    channels = x.reshape(len(x), x.shape[1], -1)
-    mean = centre_of(channels.movedim(0, 1).reshape(1, x.shape[1], -1), summed.sum((1, 2))[None])
-    centre = None
-    if mean is not None:
-        x = x - mean[0, :, None, None]
-        centre = mean.view(groups, -1, 1).expand(-1, -1, high * wide).flatten(1)
-    product = torch.zeros_like(gram.matrix)
-    blocks = product.view(groups, -1, high, wide, x.shape[1] // groups, high, wide)
-    for (down, right), found in _shifted_products(x, groups, high, wide, product).items():
-        left = max(-right, 0)
-        for row in range(high - down):
-            for column in range(wide - abs(right)):
-                i, j = (row, left + column), (row + down, left + column + right)
-                blocks[:, :, i[0], i[1], :, j[0], j[1]] = found[row, column]
-                blocks[:, :, j[0], j[1], :, i[0], i[1]] = found[row, column].mT
-    gram.put(product, total.flatten(1), len(x) * places[0] * places[1], centre)
-
-
-def _shifted_products(
-    x: Tensor, groups: int, high: int, wide: int, like: Tensor
-) -> dict[tuple[int, int], Tensor]:
-    """Return per difference δ the products of all pairs of offsets, [rows, columns, g, c, c]."""
-    places = x.shape[2] - high + 1, x.shape[3] - wide + 1
-    c = x.shape[1] // groups
-    sums: dict[tuple[int, int], Tensor] = {}
-    for part in torch.split(x, max(CHUNK // (x.shape[2] * x.shape[3]), 1)):
-        z = part.reshape(len(part), groups, c, *x.shape[2:]).permute(1, 2, 0, 3, 4).contiguous()
-        for down, right in _shifts(high, wide):
-            sides = high - down, wide - abs(right)
-            found = sums.setdefault((down, right), like.new_zeros(*sides, groups, c, c))
-            left = max(-right, 0)
-            for top, bottom, rows in _lines(places[0], sides[0]):
-                for start, stop, across in _lines(places[1], sides[1]):
-                    a = z[..., top:bottom, left + start : left + stop]
-                    b = z[..., top + down : bottom + down, left + start + right :]
-                    b = b[..., : stop - start]
-                    product = torch.bmm(a.reshape(groups, c, -1), b.reshape(groups, c, -1).mT)
-                    found[rows, across] += product.to(found)
-    return sums
-
-
-def _shifts(high: int, wide: int) -> list[tuple[int, int]]:
-    """Return one of every pair δ, −δ of differences between two offsets of a window."""
-    return [
-        (down, right) for down in range(high) for right in range(-wide + 1 if down else 0, wide)
-    ]
 
 
 def padding_matters(model: nn.Module, inputs: Inputs) -> bool:

@@ -29,6 +29,8 @@ CLUSTER = 1e-9
 """Eigenvalues closer than this (relative) are one eigenspace, which is never cut in two."""
 CENTRED = 0.2
 """Share of the energy that a mean must hold to be taken out of products in float32."""
+NARROW = 128
+"""Widest columns that are multiplied in float64 always, which costs little for them."""
 GPU_EIGH = 2000
 """Matrices wider than this are decomposed on the GPU if they lie there."""
 
@@ -68,10 +70,13 @@ class Gram:
     def add(self, columns: Tensor) -> None:
         """Add columns [g, d, N], multiplied in their own precision, summed in float64.
 
-        Columns that :func:`centre_of` says have a large mean are multiplied without it.
+        Narrow columns (d ≤ 128) are multiplied in float64 too. Columns that :func:`centre_of` says
+        have a large mean are multiplied without it.
         """
         where = self.matrix.device
         for part in torch.split(columns, CHUNK, dim=-1):
+            if part.shape[1] <= NARROW:
+                part = part.to(summing(part))
             total = part.sum(-1, dtype=summing(part)).to(where)
             centre = centre_of(part, total)
             if centre is None:
@@ -224,8 +229,8 @@ def energy_rank(eigenvalues: Tensor, eps: float, rule: Rule = "reach") -> int:
 class Basis:
     """An orthonormal basis per group whose first `ranks[i]` vectors span what must be kept.
 
-    `vectors` [g, d, w], w = d or, for a sequential merge, the highest rank; `eigenvalues` [g, d] of
-    the merged Gram, falling (empty for a sequential merge); `energies` [B] the share of tr G_b that
+    `vectors` [g, d, d]; `eigenvalues` [g, d] of the merged Gram, falling (empty for a sequential
+    merge); `energies` [B] the share of tr G_b that
     the span keeps of every bucket (NaN for an empty one); `left` [B, g] the energy outside it.
     """
 
@@ -362,31 +367,32 @@ def gpm_basis(grams: Sequence[Gram], thresholds: Sequence[float], rule: Rule = "
     [c], each adding its eigenvalue / tr G_c to a; at most d in all. From the Gram matrices alone
     this is what an SVD of the raw columns gives. The result depends on the order.
     """
-    groups, d = grams[0].total.shape
-    spans = [
-        _merged_span([gram.matrix[at] for gram in grams], thresholds, rule) for at in range(groups)
-    ]
-    ranks = tuple(span.shape[1] for span in spans)
-    vectors = grams[0].matrix.new_zeros(groups, d, max(ranks))
-    for group, span in enumerate(spans):
-        vectors[group, :, : span.shape[1]] = span
-    return _with_energies(vectors, vectors.new_zeros(groups, 0), ranks, grams)
+    groups = range(len(grams[0].total))
+    merged = [_merged([gram.matrix[at] for gram in grams], thresholds, rule) for at in groups]
+    vectors = torch.stack([found for found, _ in merged])
+    ranks = tuple(rank for _, rank in merged)
+    return _with_energies(vectors, vectors.new_zeros(len(groups), 0), ranks, grams)
 
 
-def _merged_span(matrices: Sequence[Tensor], thresholds: Sequence[float], rule: Rule) -> Tensor:
-    """Return the span [d, r] of a sequential merge.
+def _merged(
+    matrices: Sequence[Tensor], thresholds: Sequence[float], rule: Rule
+) -> tuple[Tensor, int]:
+    """Return a basis [d, d] whose first r vectors are the span of a sequential merge, and r.
 
     With N the complement of the span so far, P G P = N (Nᵀ G N) Nᵀ: only the small matrix is
     decomposed, and the rotated N is split into what joins the span and what is left.
     """
-    span, rest = matrices[0].new_zeros(len(matrices[0]), 0), None
+    span, rest = (
+        matrices[0].new_zeros(len(matrices[0]), 0),
+        torch.eye(len(matrices[0])).to(matrices[0]),
+    )
     for at, (matrix, eps) in enumerate(zip(matrices, thresholds, strict=True)):
         total = float(matrix.diagonal().sum())
         if total <= 0 or span.shape[1] == len(span):
             continue
-        small = matrix if rest is None else rest.mT @ (matrix @ rest)
+        small = rest.mT @ (matrix @ rest) if at else matrix
         values, vectors = (found[0] for found in eigh((small + small.mT)[None] / 2))
-        turned = vectors if rest is None else rest @ vectors
+        turned = rest @ vectors
         if at == 0:
             count = energy_rank(values, eps, rule)
         else:
@@ -394,7 +400,7 @@ def _merged_span(matrices: Sequence[Tensor], thresholds: Sequence[float], rule: 
             before = held + (values.cumsum(0) - values) / total
             count = int((before < eps).sum())
         span, rest = torch.cat([span, turned[:, :count]], 1), turned[:, count:]
-    return span
+    return torch.cat([span, rest], 1), span.shape[1]
 
 
 def energy(basis: Basis, gram: Gram) -> Tensor:
@@ -411,16 +417,16 @@ def worst_energy(basis: Basis) -> float:
 def residual(basis: Basis, gram: Gram) -> Tensor:
     """Return the energy outside the span per group [g], tr G − tr(UᵀGU) = ‖P X‖²_F, at least 0.
 
-    Where the difference would cancel it is summed over the complement instead.
+    Summed over the complement where that has fewer vectors or the difference would cancel.
     """
-    width = max(basis.ranks, default=0)
-    span = _spans(basis.vectors[..., :width], basis.ranks)
-    total = gram.trace
-    left = total - ((gram.matrix @ span) * span).sum((-2, -1))
-    if bool((left < 1e-6 * total).any()):
-        rest = complement(basis)
-        left = ((gram.matrix @ rest) * rest).sum((-2, -1))
-    return left.clamp(min=0)
+    width, total = max(basis.ranks, default=0), gram.trace
+    if width <= basis.d - min(basis.ranks, default=0):
+        span = _spans(basis.vectors[..., :width], basis.ranks)
+        left = total - ((gram.matrix @ span) * span).sum((-2, -1))
+        if not bool((left < 1e-6 * total).any()):
+            return left
+    rest = complement(basis)
+    return ((gram.matrix @ rest) * rest).sum((-2, -1)).clamp(min=0)
 
 
 def _spans(vectors: Tensor, ranks: Sequence[int]) -> Tensor:
@@ -432,22 +438,15 @@ def _spans(vectors: Tensor, ranks: Sequence[int]) -> Tensor:
 
 def complement(basis: Basis) -> Tensor:
     """Return a basis N of what is left [g, d, w]; ragged groups are filled up with zero columns."""
-    whole = basis.eigenvalues.shape[-1] == basis.d  # a sequential merge ends at its ranks
-    return _beyond(basis.vectors, basis.ranks, whole)
+    return _beyond(basis.vectors, basis.ranks)
 
 
-def _beyond(vectors: Tensor, ranks: Sequence[int], whole: bool) -> Tensor:
-    """Return the vectors from `ranks[i]` on; those that are not there come from a QR."""
-    groups, d, _ = vectors.shape
-    free = [d - rank for rank in ranks]
-    rest = vectors.new_zeros(groups, d, max(free, default=0))
-    for group, (rank, count) in enumerate(zip(ranks, free, strict=True)):
-        if not count:
-            continue
-        found = vectors[group]
-        if not whole:
-            found = torch.linalg.qr(found[:, :rank], mode="complete")[0]
-        rest[group, :, :count] = found[:, rank:]
+def _beyond(vectors: Tensor, ranks: Sequence[int]) -> Tensor:
+    """Return the vectors [g, d, d] of each group from `ranks[i]` on."""
+    d = vectors.shape[-1]
+    rest = vectors.new_zeros(len(vectors), d, max((d - rank for rank in ranks), default=0))
+    for group, rank in enumerate(ranks):
+        rest[group, :, : d - rank] = vectors[group, :, rank:]
     return rest
 
 
@@ -489,7 +488,11 @@ class Projector:
 
     def free_directions(self) -> Tensor:
         """Return N [g, d, w]; ragged groups are filled up with zero columns."""
-        return self.factor if self.keeps_free else _beyond(self.factor, self.ranks, whole=False)
+        if self.keeps_free:
+            return self.factor
+        spans = [span[:, :rank] for span, rank in zip(self.factor, self.ranks, strict=True)]
+        whole = [torch.linalg.qr(span, mode="complete")[0] for span in spans]
+        return _beyond(torch.stack(whole), self.ranks)
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Projector:
         """Return the projector on another device or in another precision."""

@@ -51,7 +51,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_modules
 
 from unsc_plugin import data, registry
-from unsc_plugin.hooks import View, collect_grams, views
+from unsc_plugin.hooks import View, Workspace, collect_grams, views
 from unsc_plugin.linalg import Gram, eigh, gpm_basis, largest_sine
 from unsc_plugin.method import Recipe, Scenario, UnlearningTask
 from unsc_plugin.rows import Rows
@@ -99,8 +99,12 @@ def all_convolutional(narrow: int, wide: int, side: int) -> Net:
     sizes += [(wide, wide, 1), (wide, wide, 2), (wide, wide, 1)]
     layers: list[nn.Module] = []
     for before, after, stride in sizes:
-        layers += [nn.Conv2d(before, after, 3, stride, 1), nn.BatchNorm2d(after), nn.ReLU()]
-    layers += [nn.Conv2d(wide, wide, 1), nn.BatchNorm2d(wide), nn.ReLU()]
+        layers += [
+            nn.Conv2d(before, after, 3, stride, 1),
+            nn.BatchNorm2d(after),
+            nn.ReLU(inplace=True),
+        ]
+    layers += [nn.Conv2d(wide, wide, 1), nn.BatchNorm2d(wide), nn.ReLU(inplace=True)]
     layers += [nn.AvgPool2d(side // 4), nn.Flatten(), nn.Linear(wide, 10)]
     return Net(*layers)
 
@@ -170,7 +174,12 @@ class Clock:
 
 
 def timed_grams(
-    model: nn.Module, images: Tensor, chosen: Sequence[View], samples: Sequence[int], clock: Clock
+    model: nn.Module,
+    images: Tensor,
+    chosen: Sequence[View],
+    samples: Sequence[int],
+    clock: Clock,
+    room: Workspace | None = None,
 ) -> list[Gram]:
     """Collect the Gram matrices; a layer's seconds are those between its end and the next start."""
     parameters = {model.get_submodule(view.name): view.parameter for view in chosen}
@@ -191,7 +200,7 @@ def timed_grams(
     try:
         limits = {view.parameter: count for view, count in zip(chosen, samples, strict=True)}
         batches = [{"pixel_values": part} for part in images.split(BATCH)]
-        grams = collect_grams(model, batches, chosen, limits=limits, patches="interior")
+        grams = collect_grams(model, batches, chosen, limits=limits, patches="interior", room=room)
     finally:
         for handle in handles:
             handle.remove()
@@ -333,9 +342,9 @@ def all_classes(
     model: nn.Module, chosen: Sequence[View], setting: Setting, draw: Draw
 ) -> tuple[float, list[list[Gram]]]:
     """Return the seconds of all bases together and the Gram matrices of every class."""
-    clock, grams = Clock(), []
+    clock, grams, room = Clock(), [], Workspace()
     for _, images in draw():
-        grams.append(timed_grams(model, images, chosen, setting.samples, clock))
+        grams.append(timed_grams(model, images, chosen, setting.samples, clock, room))
     for of_layer in zip(*grams, strict=True):
         merged(of_layer, RETAINED)
     clock.lap("basis")

@@ -6,7 +6,6 @@ are opened only where no entry of the store has them.
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import itertools
 import math
@@ -24,13 +23,22 @@ from unsc_plugin.errors import (
     ConfigError,
     GramMismatch,
     NoFreeDirections,
-    NonFiniteError,
     RequestError,
     UnsupportedDistributed,
 )
 from unsc_plugin.hooks import View
 from unsc_plugin.linalg import Basis, Gram, Projector
-from unsc_plugin.method import Batch, Rows, Split, UnlearningTask, state_sha256
+from unsc_plugin.method import Split, UnlearningTask, state_sha256
+from unsc_plugin.methods._capture import (
+    Capture,
+    drawn_from,
+    for_capture,
+    in_bucket,
+    joined_rows,
+    limits_of,
+    trial,
+    widened,
+)
 from unsc_plugin.methods._gram_store import (
     Entry,
     Known,
@@ -42,8 +50,6 @@ from unsc_plugin.methods._gram_store import (
     weighted_classes,
 )
 from unsc_plugin.methods._unsc_settings import Settings
-from unsc_plugin.rows import AUGMENTATIONS
-from unsc_plugin.spec import derive
 
 _ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 """What a function's representation has that changes from process to process."""
@@ -51,8 +57,6 @@ CANCELLED = 1e-6
 """A downdated bucket with less of its energy than this is captured directly."""
 NEGATIVE = 1e-5
 """A downdated Gram with an eigenvalue below −1e-5·λ_1 is of another model or other data."""
-TRIED = {"text": 64}
-"""Rows that views are verified on; more for texts, so that some are padded."""
 
 
 @dataclass
@@ -328,162 +332,23 @@ def _capture(
     """Read every sample once and return the Gram matrices per bucket."""
     started = time.perf_counter()
     sources = [task.rows(split) for split in (Split.RETAIN, Split.FORGET) if task.size(split)]
-    rows = _joined(sources)
-    wide = _for_capture(model, settings)
-    trial = widened(_trial(rows, task), wide)
-    wrong = hooks.verify(wide, trial, views)
+    rows = joined_rows(sources)
+    wide = for_capture(model, settings)
+    tried = widened(trial(rows, task), wide)
+    wrong = hooks.verify(wide, tried, views)
     covered = [view for view in views if view.parameter not in wrong]
-    keep = task.modality == "text" and hooks.padding_matters(wide, trial)
-    drawn = _drawn(samples, settings, task.num_classes)
-    limits = _limits(settings, views)
+    keep = task.modality == "text" and hooks.padding_matters(wide, tried)
+    drawn = drawn_from(samples, settings, task.num_classes)
+    limits = limits_of(settings, views)
+    capture = Capture(wide, task, settings, covered, buckets, keep)
     count = max(buckets) + 1
     moments = {v.parameter: Moments.zeros(count, v.groups, v.d) for v in covered}
     for bucket in range(count):
-        grams = _grams_of(wide, rows, bucket, buckets, covered, task, settings, drawn, limits, keep)
+        grams = capture.grams(rows, bucket, drawn, limits)
         for view in covered:
-            gram = _finite(grams[view.parameter], view, bucket)
-            moments[view.parameter].put(bucket, gram)
+            moments[view.parameter].put(bucket, grams[view.parameter])
     seconds = time.perf_counter() - started
     return Entry(samples, moments, wrong, drawn, keep, seconds)
-
-
-def _augmented(batch: Batch, task: UnlearningTask) -> dict[str, Tensor]:
-    """Return a batch's inputs, augmented by draws of every row's own, whatever batch it is in."""
-    augment = AUGMENTATIONS.get(task.recipe.augment)
-    if augment is None or "pixel_values" not in batch.inputs:
-        return batch.inputs
-    pixels = [
-        augment(
-            image[None],
-            torch.Generator().manual_seed(derive(task.seed, "augment/capture", index)),
-            1,
-            slice(0, 1),
-        )
-        for image, index in zip(batch.inputs["pixel_values"], batch.index.tolist(), strict=True)
-    ]
-    return {**batch.inputs, "pixel_values": torch.cat(pixels)}
-
-
-def _grams_of(
-    model: nn.Module,
-    rows: list[Rows],
-    bucket: int,
-    buckets: list[int],
-    views: list[View],
-    task: UnlearningTask,
-    settings: Settings,
-    drawn: Tensor | None,
-    limits: Mapping[str, int] | None,
-    keep_padding: bool,
-) -> dict[str, Gram]:
-    """Return the Gram matrices of one bucket's rows, summed over the processes."""
-
-    def inputs() -> Iterator[dict[str, Tensor]]:
-        for part in rows:
-            mine = _in_bucket(part, bucket, buckets, drawn)
-            if not len(mine):
-                continue
-            loader = task.loader_over(
-                mine,
-                f"capture {bucket}",
-                train=False,
-                batch_size=settings.capture_batch,
-                shuffle=False,
-            )
-            for batch in loader:
-                real = batch.weight > 0  # a row that a process borrowed is another's
-                if bool(real.any()):
-                    augmented = settings.view == "augmented"
-                    seen = _augmented(batch, task) if augmented else batch.inputs
-                    mine_only = {key: value[real] for key, value in seen.items()}
-                    yield widened(mine_only, model)
-
-    grams = hooks.collect_grams(
-        model, inputs(), views, limits=limits, patches=settings.patches, keep_padding=keep_padding
-    )
-    for gram in grams.values():
-        gram.matrix = engine.reduce_sum(gram.matrix, task.accelerator)
-        gram.total = engine.reduce_sum(gram.total, task.accelerator)
-        count = torch.tensor(float(gram.count), dtype=torch.float64)
-        gram.count = int(engine.reduce_sum(count, task.accelerator))
-    return grams
-
-
-def widened(inputs: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """Return the inputs in the precision of the model's weights."""
-    dtype = next(model.parameters()).dtype
-    return {k: v.to(dtype) if torch.is_floating_point(v) else v for k, v in inputs.items()}
-
-
-def _joined(sources: list[Rows]) -> list[Rows]:
-    """Return the rows as one split where they share their storage, else as they are."""
-    if len(sources) == 2 and sources[0].all_index is sources[1].all_index:
-        return [sources[0].merged(sources[1])]
-    return sources
-
-
-def _in_bucket(rows: Rows, bucket: int, buckets: list[int], drawn: Tensor | None) -> Rows:
-    """Return the rows of a bucket, ordered by index."""
-    mine = torch.tensor(buckets)[rows.labels] == bucket
-    if drawn is not None:
-        mine &= torch.isin(rows.index, drawn)
-    chosen = torch.nonzero(mine)[:, 0]
-    return rows.subset(chosen[torch.argsort(rows.index[chosen])])
-
-
-def _trial(rows: list[Rows], task: UnlearningTask) -> dict[str, Tensor]:
-    """Return the inputs that views are verified on: the same rows in every process."""
-    first = rows[0]
-    count = min(len(first), TRIED.get(task.modality, 16))
-    order = torch.argsort(first.index)[:: max(len(first) // count, 1)][:count]
-    return dict(first.subset(order).gather(list(range(count))).to(task.device).inputs)
-
-
-def _for_capture(model: nn.Module, settings: Settings) -> nn.Module:
-    """Return the model in the precision of the capture, itself or a copy."""
-    model.eval()
-    wanted = torch.float64 if settings.wide else torch.float32
-    narrow = [p for p in model.parameters() if p.is_floating_point() and p.dtype != wanted]
-    if not narrow or (not settings.wide and all(p.dtype == torch.float64 for p in narrow)):
-        return model  # a double model is captured as it is
-    return copy.deepcopy(model).to(wanted)
-
-
-def _drawn(samples: Samples, settings: Settings, classes: int) -> Tensor | None:
-    """Return the indices that are captured: a draw that depends on nothing but the samples."""
-    number = settings.capture_samples
-    if number is None:
-        return None
-    most = number if isinstance(number, int) else max(number)
-    generator = torch.Generator().manual_seed(derive(0, "capture"))
-    if settings.merge == "pooled":
-        order = torch.randperm(len(samples), generator=generator)[:most]
-        return samples.index[order].sort().values
-    parts = []
-    for label in range(classes):
-        mine = samples.index[samples.labels == label]
-        parts.append(mine[torch.randperm(len(mine), generator=generator)[:most]])
-    return torch.cat(parts).sort().values
-
-
-def _limits(settings: Settings, views: list[View]) -> dict[str, int] | None:
-    if not isinstance(settings.capture_samples, tuple):
-        return None
-    return {v.parameter: n for v, n in zip(views, settings.capture_samples, strict=True)}
-
-
-def _finite(gram: Gram, view: View, bucket: int) -> Gram:
-    """Return the Gram.
-
-    Raises:
-        NonFiniteError: an input of the layer is not finite.
-    """
-    if not bool(torch.isfinite(gram.matrix).all()):
-        raise NonFiniteError(
-            f"the inputs of layer {view.name} (bucket {bucket}) are not finite; the model or the "
-            "data hold NaN or infinity"
-        )
-    return gram
 
 
 # --------------------------------------------------------------------------- downdating
@@ -515,29 +380,26 @@ def _downdate(
                 "which were not kept (keep_anchor=false); give the retained data and cache=false"
             )
         anchor.load_state_dict(found.anchor)
-    wide = _for_capture(anchor, settings)
-    rows = [task.rows(Split.FORGET)]
-    chosen = found.forget[inside]
+    wide, keep = for_capture(anchor, settings), found.known.entry.keep_padding
+    capture = Capture(wide, task, settings, views, found.buckets, keep)
+    rows, chosen = [task.rows(Split.FORGET)], found.forget[inside]
     count = max(found.buckets) + 1
     leaving = {v.parameter: Moments.zeros(count, v.groups, v.d) for v in views}
     for bucket in touched:
         limits = _limits_leaving(found, bucket, settings, views)
-        grams = _grams_of(
-            wide, rows, bucket, found.buckets, views, task, settings, chosen, limits,
-            found.known.entry.keep_padding,
-        )  # fmt: skip
+        grams = capture.grams(rows, bucket, chosen, limits)
         for view in views:
-            leaving[view.parameter].put(bucket, _finite(grams[view.parameter], view, bucket))
+            leaving[view.parameter].put(bucket, grams[view.parameter])
     found.leaving = leaving
     for bucket in touched:
-        _hold(found, bucket, wide, task, settings, views)
+        _hold(found, bucket, capture)
 
 
 def _limits_leaving(
     found: Subspaces, bucket: int, settings: Settings, views: list[View]
 ) -> dict[str, int] | None:
     """Return how many of a bucket's forget samples are among the first that a layer captured."""
-    limits, entry = _limits(settings, views), found.known.entry
+    limits, entry = limits_of(settings, views), found.known.entry
     if limits is None:
         return None
     mine = torch.tensor(found.buckets)[entry.samples.labels] == bucket
@@ -546,14 +408,7 @@ def _limits_leaving(
     return {name: int(leaves[:limit].sum()) for name, limit in limits.items()}
 
 
-def _hold(
-    found: Subspaces,
-    bucket: int,
-    model: nn.Module,
-    task: UnlearningTask,
-    settings: Settings,
-    views: list[View],
-) -> None:
+def _hold(found: Subspaces, bucket: int, capture: Capture) -> None:
     """Check a downdated bucket; one that has cancelled is captured from the retained data.
 
     Raises:
@@ -561,7 +416,7 @@ def _hold(
         RequestError: a cancelled bucket without retained data.
     """
     cancelled = False
-    for view in views:
+    for view in capture.views:
         whole = found.known.gram(view.parameter, bucket)
         left = found.gram(view.parameter, bucket)
         energy, rest = float(whole.trace.sum()), float(left.trace.sum())
@@ -575,20 +430,17 @@ def _hold(
             )
     if not cancelled:
         return
-    if not task.size(Split.RETAIN):
+    if not capture.task.size(Split.RETAIN):
         raise RequestError(
             f"unsc: almost nothing of bucket {bucket} is left, too little to compute from stored "
             "Gram matrices; give the retained data"
         )
-    rows = [task.rows(Split.RETAIN)]
-    drawn, limits = found.known.entry.drawn, _limits(settings, views)
-    if drawn is not None and not len(_in_bucket(rows[0], bucket, found.buckets, drawn)):
+    rows = [capture.task.rows(Split.RETAIN)]
+    drawn, limits = found.known.entry.drawn, limits_of(capture.settings, capture.views)
+    if drawn is not None and not len(in_bucket(rows[0], bucket, found.buckets, drawn)):
         drawn = None  # all that was drawn leaves
-    keep = found.known.entry.keep_padding
-    grams = _grams_of(
-        model, rows, bucket, found.buckets, views, task, settings, drawn, limits, keep
-    )
-    for view in views:
+    grams = capture.grams(rows, bucket, drawn, limits)
+    for view in capture.views:
         whole, direct = found.known.gram(view.parameter, bucket), grams[view.parameter]
         whole.subtract(Gram(direct.matrix.cpu(), direct.total.cpu(), direct.count))
         found.leaving[view.parameter].put(bucket, whole)

@@ -31,6 +31,7 @@ from unsc_plugin.method import (
 )
 from unsc_plugin.methods import _gram_store as store
 from unsc_plugin.methods import _null_space as null_space
+from unsc_plugin.methods._capture import widened
 from unsc_plugin.methods._gram_store import Known
 from unsc_plugin.methods._null_space import Layer, Subspaces
 from unsc_plugin.methods._unsc_settings import Settings
@@ -170,7 +171,7 @@ def _rounded(row: Mapping[str, Any]) -> dict[str, Any]:
 
 def _widened(model: nn.Module, args: Any, inputs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     """Give inputs the precision of the weights, which may be wider than the model came in."""
-    return args, null_space.widened(inputs, model)
+    return args, widened(inputs, model)
 
 
 def _tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
