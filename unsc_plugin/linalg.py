@@ -94,8 +94,8 @@ class Gram:
         total = total.to(self.total)
         if centre is not None:
             c = centre.to(self.total)
-            half = (total - count / 2 * c)[..., None] * c[:, None]
-            self.matrix += half + half.mT
+            sides = torch.stack([total - count / 2 * c, c], -1)
+            self.matrix.baddbmm_(sides, sides.flip(-1).mT)
         self.total += total
         self.count += count
 
@@ -267,8 +267,9 @@ def balanced_basis(grams: Sequence[Gram], weights: Sequence[float], eps: float) 
     """
     merged: Tensor | None = None
     for gram, weight in zip(grams, weights, strict=True):
-        part = gram.matrix * _per_energy(gram.trace, weight)[:, None, None]
-        merged = part if merged is None else merged + part
+        if merged is None:
+            merged = torch.zeros_like(gram.matrix)
+        merged.addcmul_(gram.matrix, _per_energy(gram.trace, weight)[:, None, None])
     if merged is None:
         raise ValueError("balanced_basis: expected at least one Gram, got none")
     values, vectors = eigh(merged)

@@ -55,6 +55,8 @@ _ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 """What a function's representation has that changes from process to process."""
 CANCELLED = 1e-6
 """A downdated bucket with less of its energy than this is captured directly."""
+KEPT = 2**28
+"""Bytes of one layer's unpacked Gram matrices that are kept while the layer is decomposed."""
 NEGATIVE = 1e-5
 """A downdated Gram with an eigenvalue below −1e-5·λ_1 is of another model or other data."""
 
@@ -117,18 +119,25 @@ class Subspaces:
 
 
 class _Lazy(Sequence[Gram]):
-    """Retained Gram matrices of one layer that are unpacked when they are read."""
+    """Retained Gram matrices of one layer that are unpacked when they are read, kept if small."""
 
     def __init__(self, found: Subspaces, parameter: str, scale: float | None) -> None:
         self.found, self.parameter, self.scale = found, parameter, scale
         self.buckets = list(found.weights)
+        self.kept: dict[int, Gram] = {}
 
     def __len__(self) -> int:
         return len(self.buckets)
 
     def __getitem__(self, at: Any) -> Any:
+        if at in self.kept:
+            return self.kept[at]
         gram = self.found.gram(self.parameter, self.buckets[at])
-        return gram if self.scale is None else gram.augmented(self.scale)
+        if self.scale is not None:
+            gram = gram.augmented(self.scale)
+        if len(self) * gram.matrix.nbytes <= KEPT:
+            self.kept[at] = gram
+        return gram
 
 
 # --------------------------------------------------------------------------- the request
