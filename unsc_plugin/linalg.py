@@ -230,8 +230,8 @@ class Basis:
     """An orthonormal basis per group whose first `ranks[i]` vectors span what must be kept.
 
     `vectors` [g, d, d]; `eigenvalues` [g, d] of the merged Gram, falling (empty for a sequential
-    merge); `energies` [B] the share of tr G_b that
-    the span keeps of every bucket (NaN for an empty one); `left` [B, g] the energy outside it.
+    merge); `energies` [B] the share of tr G_b that the span keeps of every bucket (NaN for an empty
+    one); `left` [B, g] the energy outside it.
     """
 
     vectors: Tensor
@@ -383,10 +383,8 @@ def _merged(
     With N the complement of the span so far, P G P = N (Nᵀ G N) Nᵀ: only the small matrix is
     decomposed, and the rotated N is split into what joins the span and what is left.
     """
-    span, rest = (
-        matrices[0].new_zeros(len(matrices[0]), 0),
-        torch.eye(len(matrices[0])).to(matrices[0]),
-    )
+    rest = torch.eye(len(matrices[0])).to(matrices[0])
+    span = rest[:, :0]
     for at, (matrix, eps) in enumerate(zip(matrices, thresholds, strict=True)):
         total = float(matrix.diagonal().sum())
         if total <= 0 or span.shape[1] == len(span):
