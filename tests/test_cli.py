@@ -513,9 +513,10 @@ def test_a_record_is_shown(
 def test_interrupting_a_run_leaves_nothing_half_done(tmp_path: Path, started: str) -> None:
     words = ["run", "finetune", "--recipe", "epochs=4000", "--threads", "1", "--out", "long"]
     if started == "before training":
-        code = "import os, signal, sys; os.kill(os.getpid(), signal.SIGINT)"
-        script = f"from unsc_plugin import cli, data\ndef load(*_, **__):\n    {code}\n"
-        script += f"data.load = load\ncli.main({words!r})\n"
+        code = "os.kill(os.getpid(), signal.SIGINT)"
+        script = "import os, signal\nfrom unsc_plugin import cli, data\n"
+        script += "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        script += f"def load(*_, **__):\n    {code}\ndata.load = load\ncli.main({words!r})\n"
         done = python("-c", script, cwd=tmp_path, UNSC_CACHE=str(tmp_path / "cache"))
         code, err = done.returncode, done.stderr
     else:
@@ -523,6 +524,8 @@ def test_interrupting_a_run_leaves_nothing_half_done(tmp_path: Path, started: st
             [sys.executable, "-m", "unsc_plugin.cli", *words], cwd=tmp_path, text=True,
             env={**os.environ, "UNSC_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"},
             stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+            # a shell ignores the signal in what it starts in the background
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )  # fmt: skip
         until = time.monotonic() + 60
         while not list(tmp_path.glob("cache/models/*/*.claim")) and time.monotonic() < until:

@@ -24,7 +24,8 @@ A second request: what `unsc` (default settings, so real patches and all images 
 prepares for forgetting class 3, and then, Gram matrices stored, for class 5 on the same model:
 CPU-seconds of the second over those of the first, and batches with retained images that the second
 read. The second costs the same for any number of images, the first grows with it:
-`--request-images` per class (5,000, as CIFAR-10 has). Target: at most 0.02, and no batch.
+`--request-images` per class (5,000; CIFAR-10 has 4,500 beside its validation rows). Target: at
+most 0.02, and no batch.
 
     python benchmarks/perf/unsc_subspace.py [--json] [--quick] [--classes 3] [--threads 1]
 """
