@@ -29,7 +29,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "rows": {"errors", "spec"},
     "linalg": GROUND,
     "hooks": GROUND | {"linalg"},
-    "attacks": GROUND | {"linalg", "hooks"},
+    "attacks": GROUND | {"linalg", "hooks", "runtime"},
     "influence": GROUND | {"linalg", "hooks"},
     "method": GROUND | {"linalg", "runtime"},
     "engine": GROUND | {"linalg", "runtime", "method"},

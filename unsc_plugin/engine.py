@@ -24,6 +24,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from unsc_plugin.errors import ConfigError, DataError, MissingOptional
 from unsc_plugin.method import Batch, Budget, Context, Loader, Progress, Recipe, TrainingConfig
 from unsc_plugin.rows import Rows, joint
+from unsc_plugin.runtime import quiet
 
 __all__ = [
     "FIT_VERSION",
@@ -143,18 +144,6 @@ def _batch_norm_eval(model: nn.Module) -> Iterator[None]:
             module.train()
 
 
-@contextlib.contextmanager
-def quiet(model: nn.Module) -> Iterator[None]:
-    """Put every module in eval mode (no dropout, no moving statistics); restore the modes after."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
-
-
 # --------------------------------------------------------------------------- fitting
 
 
@@ -236,6 +225,7 @@ def fit(
                 if after_step is not None:
                     after_step()
                 context.tick(loss)
+                context.observe(model)
                 done += 1
         _mean_statistics(model, device)
         context.epoch_done()

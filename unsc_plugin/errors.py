@@ -61,6 +61,10 @@ class NotApplicable(UnscError, ValueError):
     """The method has no meaning for this model or data; raised before anything changes."""
 
 
+class InputDomainError(DataError):
+    """Inputs that are not in the units they must be in, such as pixels outside [0, 1]."""
+
+
 class NoFreeDirections(NotApplicable):
     """No layer has a direction that the retained data leave free."""
 
@@ -114,6 +118,12 @@ class DivergedError(UnscError, ArithmeticError):
         super().__init__(message)
         self.step = step
         self.loss = loss
+
+
+class AttackFailed(UnscError, RuntimeError):
+    """No adversarial example reached its target, so that there is nothing to train on."""
+
+    exit_code = 1
 
 
 class NonFiniteError(DivergedError):

@@ -562,3 +562,20 @@ def largest_sine(first: Tensor, second: Tensor) -> float:
         return 0.0
     a, b = first.double(), second.double()
     return float(torch.linalg.matrix_norm(b - a @ (a.mT @ b), ord=2))
+
+
+# --------------------------------------------------------------------------- logits
+
+
+def margin(logits: Tensor, index: Tensor) -> Tensor:
+    """Return m(x, c) = z_c − max_{j≠c} z_j of every row, float32 or wider, (n,).
+
+    `logits` (n, C) with C ≥ 2, `index` int64 (n,) holds c. Positive where c is predicted, 0 at a
+    tie, NaN where a logit of the row is.
+
+    >>> margin(torch.tensor([[3.0, 1.0, 2.0]]), torch.tensor([0])).tolist()
+    [1.0]
+    """
+    wide = logits if logits.dtype == torch.float64 else logits.float()
+    own = wide.gather(1, index[:, None])[:, 0]
+    return own - wide.scatter(1, index[:, None], -math.inf).amax(dim=1)

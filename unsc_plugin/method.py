@@ -16,7 +16,7 @@ import json
 import math
 import types
 import typing
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal, final
@@ -54,6 +54,7 @@ __all__ = [
     "Budget",
     "Context",
     "Loader",
+    "Past",
     "Prepared",
     "Progress",
     "Recipe",
@@ -258,6 +259,18 @@ class Budget:
 
 
 @dataclass(frozen=True)
+class Past:
+    """An earlier request of a sequence: its forget rows, what it noted, the labels it asked for.
+
+    `targets` are int64 (n,), None where the request only asked to forget.
+    """
+
+    rows: Rows
+    stats: Mapping[str, Any]
+    targets: Tensor | None = None
+
+
+@dataclass(frozen=True)
 class Progress:
     """What a progress callback is told: optimiser steps and epochs done, last loss, seconds."""
 
@@ -320,6 +333,9 @@ class Context:
         flag = torch.tensor(float(late), device=self.device)
         return bool(self.accelerator.reduce(flag, reduction="sum") > 0)
 
+    def observe(self, model: nn.Module) -> None:
+        """Show the model of a step to whoever asked for it; :func:`engine.fit` calls this."""
+
     def tick(self, loss: float) -> None:
         """Count one optimiser step.
 
@@ -353,7 +369,9 @@ class UnlearningTask(Context):
     reads: `num_classes`, `modality`, `scenario`, `forget_classes` (classes with forget samples and
     no retained ones), `recipe`, `seed`, `generator` (CPU, seeded), `device`, `accelerator`,
     `weights`, `prepared` (what `prepare` returned), `cache` (folder or None), `stats` (what the
-    method writes there becomes `Result.stats`).
+    method writes there becomes `Result.stats`). In a sequence :attr:`first_model` and
+    :meth:`history` give what went before. A method that corrects labels writes the new ones, int64
+    in the order of the forget rows, to `targets`.
     """
 
     def __init__(
@@ -375,6 +393,9 @@ class UnlearningTask(Context):
         progress: Callable[[Progress], None] | None = None,
         cache: Path | None = None,
         data_fingerprint: str = "",
+        first_model: nn.Module | None = None,
+        past: Sequence[Past] = (),
+        observer: Callable[[nn.Module, int], None] | None = None,
     ) -> None:
         super().__init__(
             recipe,
@@ -385,7 +406,8 @@ class UnlearningTask(Context):
             progress=progress,
         )
         self._rows = {Split.FORGET: forget, Split.RETAIN: retain, Split.VAL: val}
-        self._fresh = fresh_model
+        self._fresh, self._first, self._past = fresh_model, first_model, tuple(past)
+        self._observer = observer
         self.num_classes, self.scenario, self.modality = num_classes, scenario, modality
         self.weights, self.cache, self.data_fingerprint = weights, cache, data_fingerprint
         self._check()
@@ -395,6 +417,7 @@ class UnlearningTask(Context):
         self.generator = torch.Generator()
         self.prepared: Any = None
         self.stats: dict[str, Any] = {}
+        self.targets: Tensor | None = None
         self.read: dict[Split, int] = {}
         self.frozen: set[str] = set()
 
@@ -510,6 +533,38 @@ class UnlearningTask(Context):
         self._counter.watch(model)
         return model
 
+    @property
+    def first_model(self) -> nn.Module | None:
+        """A copy of the model before the first request of a sequence; None outside of one."""
+        if self._first is None:
+            return None
+        model = copy.deepcopy(self._first).to(self.device)
+        self._counter.watch(model)
+        return model
+
+    @property
+    def round(self) -> int:
+        """Number of requests of the sequence that went before."""
+        return len(self._past)
+
+    def history(self) -> tuple[Past, ...]:
+        """Open the earlier forget sets of a sequence; it is noted in `stats` that they were.
+
+        Raises:
+            SplitAccessError: the method did not declare the forget split in `needs`.
+        """
+        self._open(Split.FORGET)
+        self._count(Split.FORGET, sum(len(past.rows) for past in self._past))
+        self.stats["history_opened"] = len(self._past)
+        return self._past
+
+    def observe(self, model: nn.Module) -> None:
+        """Show the model of a step to the runner's observer, outside the clock and the counts."""
+        if self._observer is None:
+            return
+        with self.clock.paused(), self._counter.paused(), sealed(0):
+            self._observer(model, self.steps)
+
     # -- the base's side
 
     @property
@@ -525,7 +580,7 @@ class UnlearningTask(Context):
         task.generator = torch.Generator().manual_seed(derive(seed, "method"))
         task.steps = task.epochs = 0
         task.losses, task.stats, task.read, task.frozen = [], {}, {}, set()
-        task.stop_reason = task.prepared = None
+        task.stop_reason = task.prepared = task.targets = None
         return task
 
     def counts(self, prepared: Prepared | None) -> tuple[int, dict[Split, int]]:
@@ -555,7 +610,13 @@ class UnlearningTask(Context):
             for split, rows in self._rows.items()
             if rows is not None
         }
-        return fingerprint([parts, self.recipe, self.data_fingerprint, str(self.scenario)])
+        first = None if self._first is None else state_sha256(self._first)
+        past = [
+            [past.rows.index.tolist(), None if past.targets is None else past.targets.tolist()]
+            for past in self._past
+        ]
+        known = [parts, self.recipe, self.data_fingerprint, str(self.scenario), first, past]
+        return fingerprint(known)
 
     def _open(self, split: Split) -> Rows:
         rows = self._rows[split]
@@ -614,6 +675,7 @@ class Prepared:
 class Result:
     """An unlearned model and what it cost.
 
+    `targets` are the labels that a correction asked for, in the order of the forget rows.
     `seconds_prepare` and `seconds_unlearn` leave callbacks out; `peak_bytes` is None where it
     cannot be read; `work` counts samples forwarded (× 3 with gradient). `status` is `ok`, `budget`
     (a limit ended the run) or `diverged` (then `model` is the original for inspection).
@@ -631,6 +693,7 @@ class Result:
     losses: tuple[float, ...]
     read: Mapping[Split, int]
     stats: Mapping[str, Any]
+    targets: Tensor | None = None
 
 
 class UnlearningMethod(abc.ABC):
@@ -754,6 +817,7 @@ class UnlearningMethod(abc.ABC):
             losses=tuple(guarded.losses),
             read=read,
             stats=guarded.stats,
+            targets=guarded.targets,
         )
 
     def _accept(self, task: UnlearningTask, seed: int) -> None:

@@ -61,6 +61,31 @@ def sealed(seed: int) -> Iterator[None]:
             torch.set_num_threads(threads)
 
 
+@contextlib.contextmanager
+def quiet(model: nn.Module) -> Iterator[None]:
+    """Put every module in eval mode (no dropout, no moving statistics); restore the modes after.
+
+    A module that keeps a tensor made of parameters while in eval mode (`attention_bias_cache` of
+    timm's levit, efficientformer and tiny_vit) is itself left in train mode, its children are not,
+    and its cache is emptied before and after: weights may move in the body, no output is stale.
+    """
+    modes = {module: module.training for module in model.modules()}
+    caching = [
+        m for m in model.modules() if isinstance(getattr(m, "attention_bias_cache", 0), dict)
+    ]
+    model.eval()
+    for module in caching:
+        module.training = True
+        module.attention_bias_cache.clear()  # type: ignore[union-attr, operator]
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+        for module in caching:
+            module.attention_bias_cache.clear()  # type: ignore[union-attr, operator]
+
+
 @functools.cache
 def warm_up() -> None:
     """Let torch import what it imports at the first optimiser step, before any clock runs."""
@@ -105,12 +130,13 @@ class WorkCounter:
 
     def __init__(self) -> None:
         self.samples = 0
+        self._paused = False
 
         def count(
             module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
         ) -> None:
             tensors = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)]
-            if tensors:
+            if tensors and not self._paused:
                 self.samples += len(tensors[0]) * (3 if torch.is_grad_enabled() else 1)
 
         self._hook = count
@@ -119,6 +145,15 @@ class WorkCounter:
         """Start counting the forward passes of `model`."""
         if self._hook not in model._forward_hooks.values():
             model.register_forward_hook(self._hook, with_kwargs=True)
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave the forward passes of the body uncounted."""
+        self._paused = True
+        try:
+            yield
+        finally:
+            self._paused = False
 
     def forget(self, model: nn.Module) -> None:
         """Take the hook out of `model`."""
