@@ -11,6 +11,7 @@ import pytest
 
 FOLDER = Path(__file__).parent.parent / "benchmarks" / "perf"
 SHORT = {
+    "attack.py": (["--quick"], {"image_step_ratio", "time_ratio", "target_success"}),
     "overhead.py": (["--rounds", "1", "--steps", "10"], {"ratio", "device"}),
     "metrics.py": (["--quick"], set()),
     "unsc_subspace.py": (

@@ -283,7 +283,8 @@ def test_a_sequence_is_its_requests_one_after_the_other(cache: Path) -> None:
     model = base.original(0).load_into(base.build(0))
     steps = work = 0
     for number, step in enumerate(request.steps):
-        seed = derive(derive(7, "unlearn", 0, 0), "request", number)
+        own = derive(7, "unlearn", 0, 0)
+        seed = derive(own, "request", number) if number else own
         result = chosen.unlearn(model, base.task(step, None), seed)
         model, steps, work = result.model, steps + result.steps, work + result.work
     assert found.record.kind == "sequence"

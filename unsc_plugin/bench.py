@@ -463,7 +463,8 @@ def build(board: Board) -> Leaderboard:
 
 def files(board: Board, built: Leaderboard) -> dict[Path, str]:
     """Return the generated files of a board: path -> text."""
-    return {board.out / MARKDOWN: built.markdown(), board.out / PLOT: built.svg()}
+    texts = {MARKDOWN: built.markdown(), PLOT: built.svg(), **built.plots()}
+    return {board.out / name: text for name, text in texts.items()}
 
 
 def write_text(path: Path, text: str) -> None:

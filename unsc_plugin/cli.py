@@ -192,6 +192,7 @@ def run(
     spec: flags.Spec = None,
     reference: flags.Reference = "auto",
     reference_pool: flags.ReferencePool = None,
+    trajectory: flags.Trajectory = False,
     metrics: flags.Metrics = "core,mia",
     mubench_orig: flags.MubenchOrig = "measured",
     allow_foreign_order: flags.AllowForeignOrder = False,
@@ -228,6 +229,7 @@ def run(
             settings=one or None,
             recipe=recipe,
             reference_pool=reference_pool,
+            trajectory=trajectory,
         )
         for one in tried
     ]
@@ -333,6 +335,8 @@ def _diagnose(
 def _check_before_training(setting: Setting, unit: Unit, method: UnlearningMethod) -> None:
     """Find what cannot work before the original and the retrained models are trained for it."""
     request = setting.request(unit.draw)
+    if request.steps and setting.evaluation.trajectory:
+        say("--trajectory is for a single request; a sequence is measured after each of its own")
     for step in request.steps or (request,):
         if step.scenario not in method.scenarios:
             raise ScenarioNotSupported(
@@ -525,9 +529,12 @@ def _show_board(opened: Board, built: Leaderboard, ran: int) -> None:
     if state.as_json:
         emit({**built.to_dict(), "ran": ran, "out": str(opened.out)})
         return
+    from unsc_plugin import bench as boards
+
     console = out()
     console.print(built.terminal(console.width))
-    line(f"written to {opened.out}: LEADERBOARD.md, plot.svg")
+    names = ", ".join(path.name for path in boards.files(opened, built))
+    line(f"written to {opened.out}: {names}")
 
 
 @board_app.command("build")
@@ -540,7 +547,7 @@ def board_build(
     quiet: flags.Quiet = False,
     debug: flags.Debug = False,
 ) -> None:
-    """Build LEADERBOARD.md and plot.svg from the records, or check that they are up to date."""
+    """Build LEADERBOARD.md and its plots from the records, or check that they are up to date."""
     state.add(plugin, as_json, quiet, debug)
     from unsc_plugin import bench as boards
 

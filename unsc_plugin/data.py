@@ -320,23 +320,21 @@ def load(
             raise DataError(f"{name}: expected rows in {split}, got none; check splits and limits")
     if entry.label_noise:
         pieces["train"] = with_noise(pieces["train"], entry.label_noise, len(class_names))
-    inputs, tokenizer = _inputs(entry, pieces, tokenizer)
+    inputs, tokenizer, described = _inputs(entry, pieces, tokenizer)
     names, groups = group_codes(pieces, entry.columns.group)
     rows = {split: _rows(piece, inputs[split], groups[split]) for split, piece in pieces.items()}
     shape = next(iter(rows["train"].gather([0]).inputs.values())).shape[1:]
-    vocab_size, pad_token_id = (None, None) if tokenizer is None else describe(tokenizer)
     info = DataInfo(
         name=name,
         modality=entry.modality,
         num_classes=len(class_names),
         class_names=class_names,
         input_shape=tuple(shape),
-        vocab_size=vocab_size,
-        pad_token_id=pad_token_id,
         row_order=entry.row_order,
         revision=entry.revision,
         labels_sha256=labels_sha256,
         groups=names,
+        **described,
     )
     return Splits(rows["train"], rows["val"], rows["test"], info, tokenizer)
 
@@ -355,29 +353,34 @@ def _rows(
 
 def _inputs(
     entry: DatasetEntry, pieces: Mapping[str, Piece], tokenizer: Any
-) -> tuple[dict[str, Any], Any]:
-    """Return the inputs of every split (tensors, or a decoder of images) and the tokenizer used."""
+) -> tuple[dict[str, Any], Any, dict[str, Any]]:
+    """Return the inputs of every split (tensors, or a decoder of images) and the tokenizer used.
+
+    Last come the fields of :class:`DataInfo` that only this modality has.
+    """
     columns = {split: piece.part.inputs for split, piece in pieces.items()}
     if entry.modality == "tabular":
         encoder = TableEncoder.fit(columns["train"])  # type: ignore[arg-type]
-        return {split: {"features": encoder(part)} for split, part in columns.items()}, None  # type: ignore[arg-type]
+        features = {split: {"features": encoder(part)} for split, part in columns.items()}  # type: ignore[arg-type]
+        return features, None, {"feature_numeric": encoder.numeric}
     if entry.modality == "text":
         texts = {
             split: [list(column[:]) for column in part.values()] for split, part in columns.items()
         }
         if tokenizer is None:
             tokenizer = train_words([text for column in texts["train"] for text in column])
-        return {
-            split: encode(tokenizer, found, entry.max_length) for split, found in texts.items()
-        }, tokenizer
+        ids = {split: encode(tokenizer, found, entry.max_length) for split, found in texts.items()}
+        return ids, tokenizer, describe(tokenizer)
     images: dict[str, Any] = {split: part["image"] for split, part in columns.items()}
     if isinstance(images["train"], np.ndarray):
-        return {
+        arrays = {
             split: {"pixel_values": torch.from_numpy(pixels)} for split, pixels in images.items()
-        }, None
+        }
+        return arrays, None, {}
     wanted = PixelFormat.of(images["train"], entry.args)
     decoders = {split: ImageDecoder(encoded, wanted) for split, encoded in images.items()}
     bytes_ = sum(len(encoded) for encoded in images.values()) * math.prod(wanted.shape)
     if bytes_ > IN_MEMORY_BYTES:
-        return dict(decoders), None
-    return {split: {"pixel_values": decoder.all()} for split, decoder in decoders.items()}, None
+        return dict(decoders), None, {}
+    decoded = {split: {"pixel_values": decoder.all()} for split, decoder in decoders.items()}
+    return decoded, None, {}

@@ -1,4 +1,4 @@
-"""Records to LEADERBOARD.md, an SVG scatter and terminal tables.
+"""Records to LEADERBOARD.md, SVG plots and terminal tables.
 
 A board is generated, never typed: the same records give the same bytes, in whatever order they
 come, so that a check can rebuild and compare. Every column says its direction in words, an absent
@@ -21,9 +21,9 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from unsc_plugin._board import scatter
+from unsc_plugin._board import curve_sheets, curves, scatter
 from unsc_plugin._board import sheets as tables
-from unsc_plugin._board.sheets import Sheet
+from unsc_plugin._board.cells import DOWN, UP, Sheet
 from unsc_plugin._board.standings import Standings, standings
 from unsc_plugin._board.study import BoardSummary, ScenarioSummary
 from unsc_plugin.metrics import score as scoring
@@ -81,6 +81,16 @@ class Leaderboard:
         """Return a scatter of forgetting (x) against kept utility (y), one marker per entry."""
         template = _environment().get_template("scatter.svg.j2")
         return template.render(**scatter.drawing(self.standings))
+
+    def plots(self) -> dict[str, str]:
+        """Return the further plots as file name -> SVG: only those that the records have."""
+        template = _environment().get_template("curves.svg.j2")
+        drawn = {}
+        if self.standings.matched:
+            drawn[curve_sheets.MATCHED] = curves.matched_drawing(self.standings)
+        if self.standings.drift:
+            drawn[curve_sheets.DRIFT] = curves.drift_drawing(self.standings)
+        return {name: template.render(**drawing) for name, drawing in drawn.items()}
 
     def terminal(self, width: int = 160) -> Group:
         """Return the main tables and a small text scatter for a terminal of `width` columns."""
@@ -145,10 +155,10 @@ _NARROW = ("tier", "entry", "why", "S [", "rank [", "a_", "u", "acc_forget", "ac
 _NARROWEST = ("tier", "entry", "why", "S [", "rank [", "u")
 _WIDE = 150
 _SHORT = {
-    tables.UP: "higher",
-    f"{tables.UP}; retrain is 1": "higher",
-    f"{tables.UP}; Δ 0 is retrain": "higher",
-    tables.DOWN: "lower",
+    UP: "higher",
+    f"{UP}; retrain is 1": "higher",
+    f"{UP}; Δ 0 is retrain": "higher",
+    DOWN: "lower",
     tables.TO_RETRAIN: "as retrain",
 }
 

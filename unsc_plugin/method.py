@@ -8,6 +8,7 @@ measures, checks and restores, so that no author has to be trusted for any of it
 from __future__ import annotations
 
 import abc
+import contextlib
 import copy
 import dataclasses
 import hashlib
@@ -16,7 +17,7 @@ import json
 import math
 import types
 import typing
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal, final
@@ -543,6 +544,11 @@ class UnlearningTask(Context):
         return model
 
     @property
+    def sequential(self) -> bool:
+        """Whether the request belongs to a sequence."""
+        return self._first is not None
+
+    @property
     def round(self) -> int:
         """Number of requests of the sequence that went before."""
         return len(self._past)
@@ -564,6 +570,15 @@ class UnlearningTask(Context):
             return
         with self.clock.paused(), self._counter.paused(), sealed(0):
             self._observer(model, self.steps)
+
+    @contextlib.contextmanager
+    def counting(self, model: nn.Module) -> Iterator[None]:
+        """Count the forward passes of a model that `prepare` made, while the body runs."""
+        self._counter.watch(model)
+        try:
+            yield
+        finally:
+            self._counter.forget(model)
 
     # -- the base's side
 
@@ -637,12 +652,18 @@ class UnlearningTask(Context):
 
     def _check(self) -> None:
         for split, rows in self._rows.items():
+            if rows is not None and len(rows) and int(rows.labels.min()) < 0:
+                raise ForgetSetError(
+                    f"expected labels from 0 on, got label {int(rows.labels.min())} in {split}"
+                )
             if rows is not None and len(rows) and int(rows.labels.max()) >= self.num_classes:
                 raise ForgetSetError(
                     f"expected labels below {self.num_classes} (num_classes), got label "
                     f"{int(rows.labels.max())} in {split}"
                 )
         forget, retain = self._rows[Split.FORGET], self._rows[Split.RETAIN]
+        if forget is not None and len(torch.unique(forget.index)) < len(forget):
+            raise ForgetSetError("the forget set names a sample twice; name every sample once")
         if forget is not None and retain is not None and self.weights is None:
             both = set(forget.index.tolist()) & set(retain.index.tolist())
             if both:

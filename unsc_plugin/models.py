@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from pydantic import Field
 
 from unsc_plugin._backbones.classifier import (
@@ -66,6 +67,8 @@ class _Stored(Strict):
     input_shape: tuple[int, ...]
     vocab_size: int | None = None
     pad_token_id: int | None = None
+    special_token_ids: tuple[int, ...] | None = None
+    feature_numeric: tuple[bool, ...] | None = None
 
 
 # --------------------------------------------------------------------------- names
@@ -212,8 +215,17 @@ def build(
             load_checkpoint(model, folder / WEIGHTS)
         return model.eval()
     model = _build(entry, info, seed, pretrained)
+    _tell_inputs(model, info)
     model.origin = Origin(_as_built(entry, model.pixels), info)
     return model.eval()
+
+
+def _tell_inputs(model: Classifier, info: DataInfo) -> None:
+    """Set what the data say of their inputs, unless the model's own tokenizer has said it."""
+    if model.special_token_ids is None and info.special_token_ids is not None:
+        model.special_token_ids = frozenset(info.special_token_ids)
+    if info.feature_numeric is not None:
+        model.feature_numeric = torch.tensor(info.feature_numeric)
 
 
 def _build(entry: BackboneEntry, info: DataInfo, seed: int, pretrained: bool) -> Classifier:

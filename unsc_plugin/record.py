@@ -24,7 +24,9 @@ from pydantic import (
     ConfigDict,
     Field,
     NonNegativeInt,
+    SerializerFunctionWrapHandler,
     ValidationError,
+    model_serializer,
     model_validator,
 )
 
@@ -110,6 +112,10 @@ class Record(_Strict):
     standard deviation of the same names over the retrained pool R_A whose members
     `reference_hashes` lists. A run that is not `ok` carries the reason; one that diverged has no
     metrics. Non-finite numbers are refused, except in `stats`, where they are kept as text.
+
+    `curves` is what the runner measured on the way, also of a run that diverged: `rounds`, one
+    entry per request of a sequence, or `trajectory`, accuracies along the steps of a run that
+    forgets `k` instances. A record without curves is written without the field.
     """
 
     schema_: Literal[1] = Field(default=1, alias="schema")
@@ -134,6 +140,7 @@ class Record(_Strict):
     missing: dict[str, str] = Field(default_factory=dict)
     cost: Numbers = Field(default_factory=dict)
     stats: Stats = Field(default_factory=dict)
+    curves: Json = Field(default_factory=dict)
     needs: list[str] = Field(default_factory=list)
     n_hyperparameters: NonNegativeInt = 0
     checks: Json | None = None
@@ -157,6 +164,12 @@ class Record(_Strict):
                 f"expected {both[0]!r} in either metrics or missing, got both; drop one"
             )
         return self
+
+    @model_serializer(mode="wrap")
+    def _as_before(self, plain: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave `curves` out where there are none, so that older records stay as they are."""
+        tree: dict[str, Any] = plain(self)
+        return tree if self.curves else {k: v for k, v in tree.items() if k != "curves"}
 
     @property
     def key(self) -> tuple[str, str, int, int]:

@@ -17,7 +17,7 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from torch import nn
 
 import unsc_plugin
 from unsc_plugin import data, engine, evaluation, forget, models, record
+from unsc_plugin._curves import Rounds, Trajectory
 from unsc_plugin.data import Splits
 from unsc_plugin.errors import ConfigError, DivergedError, UnscError
 from unsc_plugin.evaluation import GROUPS, Evaluation, Frame, Outputs
@@ -164,8 +165,13 @@ class Setting:
         self._references[draw] = found
         return found
 
-    def task(self, request: Request, progress: Callable[[Progress], None] | None) -> UnlearningTask:
-        """Return the task of a request; the test split is not in it."""
+    def task(
+        self, request: Request, progress: Callable[[Progress], None] | None, **more: Any
+    ) -> UnlearningTask:
+        """Return the task of a request; the test split is not in it.
+
+        `more` is what a sequence (`first_model`, `past`) or a trajectory (`observer`) adds.
+        """
         train, val = self.splits.train, self.splits.val
         return UnlearningTask(
             forget=train.subset(request.forget),
@@ -182,6 +188,7 @@ class Setting:
             progress=progress,
             cache=self.pool.root,
             data_fingerprint=f"{self.data}|{self.content}",
+            **more,
         )
 
     def original_test_accuracy(self, member: Member, model: nn.Module) -> float:
@@ -383,21 +390,22 @@ def _run(setting: Setting, unit: Unit) -> Finished:
     original = member.load_into(setting.build(0))
     if setting.pool.device is not None:
         original = original.to(setting.pool.device.device)
-    result = _unlearn(setting, unit, method, original, request)
+    result, curves = _unlearn(setting, unit, method, original, request)
     references = setting.references(unit.draw) if setting.with_reference else []
     measured = original, member, references
+    recorded = partial(_record, setting, unit, result=result, measured=measured, curves=curves)
     if result.status == "diverged":
-        return Finished(
-            _record(setting, unit, "diverged", result=result, measured=measured), result.model
-        )
+        return Finished(recorded("diverged"), result.model)
     relearn_seed = derive(setting.seed, "eval", unit.draw, unit.train_seed)
-    with sealed(relearn_seed):
-        outputs = evaluation.observe(
-            result.model, frame, relearn_seed=relearn_seed, device=setting.pool.device
-        )
+    try:
+        with sealed(relearn_seed):
+            outputs = evaluation.observe(
+                result.model, frame, relearn_seed=relearn_seed, device=setting.pool.device
+            )
+    except DivergedError as error:
+        return Finished(recorded("diverged", reason=str(error)))
     numbers = _evaluate(setting, outputs, unit, measured)
-    done = _record(setting, unit, "ok", result=result, measured=measured, numbers=numbers)
-    return Finished(done, result.model, outputs)
+    return Finished(recorded("ok", numbers=numbers), result.model, outputs)
 
 
 def evaluate_original(setting: Setting, unit: Unit) -> Evaluation:
@@ -436,23 +444,51 @@ def hashes_of(setting: Setting, unit: Unit) -> dict[str, str]:
 
 def _unlearn(
     setting: Setting, unit: Unit, method: UnlearningMethod, original: nn.Module, request: Request
-) -> Result:
+) -> tuple[Result, dict[str, Any]]:
+    """Return the result of a unit and the curves that were measured on the way."""
     role = "retrain" if method.name == "retrain" else "unlearn"
     tell = setting.tell
     progress = None if tell is None else (lambda told: tell(unit.entry.label, told))
     seed = derive(setting.seed, role, unit.draw, unit.train_seed)
-    if not request.steps:
-        return method.unlearn(original, setting.task(request, progress), seed)
+    device = setting.pool.device
+    if request.steps:
+        return _in_sequence(setting, unit, method, original, seed, progress)
+    if not setting.evaluation.trajectory:
+        return method.unlearn(original, setting.task(request, progress), seed), {}
+    trajectory = Trajectory(original, setting.frame(unit.draw), device)
+    # Of these only the ends are of interest: they do not go step by step from the original.
+    ends_only = method.identity or method.control or method.name == "retrain"
+    task = setting.task(request, progress, observer=None if ends_only else trajectory)
+    result = method.unlearn(original, task, seed)
+    end = None if result.status == "diverged" else result.model
+    return result, {"k": request.n, "trajectory": trajectory.found(result.steps, end)}
+
+
+def _in_sequence(
+    setting: Setting,
+    unit: Unit,
+    method: UnlearningMethod,
+    original: nn.Module,
+    seed: int,
+    progress: Callable[[Progress], None] | None,
+) -> tuple[Result, dict[str, Any]]:
+    """Serve the requests of a sequence one after the other: θ_t = unlearn(θ_{t−1}, request t).
+
+    The first has the seed that it would have alone. After every request all forget sets so far, the
+    retained and the test data are measured; a request that diverges ends the sequence.
+    """
+    frame, device = setting.frame(unit.draw), setting.pool.device
+    rounds = Rounds(original, setting.splits.train, frame, device)
     model, results = original, []
-    for number, step in enumerate(request.steps):
-        result = method.unlearn(
-            model, setting.task(step, progress), derive(seed, "request", number)
-        )
+    for number, step in enumerate(setting.request(unit.draw).steps):
+        task = setting.task(step, progress, first_model=original, past=rounds.past)
+        own = derive(seed, "request", number) if number else seed
+        result = rounds.close(method.unlearn(model, task, own), model, step.forget)
         results.append(result)
         if result.status == "diverged":
             break
         model = result.model
-    return _summed(results)
+    return _summed(results), {"rounds": rounds.found()}
 
 
 def _summed(results: Sequence[Result]) -> Result:
@@ -535,6 +571,7 @@ def _record(
     result: Result | None = None,
     measured: Measured | None = None,
     numbers: Evaluation | None = None,
+    curves: Mapping[str, Any] | None = None,
 ) -> Record:
     named, tag = setting.registry.method(unit.entry.method)
     request = setting.request(unit.draw)
@@ -572,6 +609,7 @@ def _record(
         missing=dict(numbers.missing) if numbers else {},
         cost=cost,
         stats=_stats(result),
+        curves=dict(curves or {}),
         needs=needs,
         n_hyperparameters=len(config),
         environment=environment(setting.pool.device),
@@ -676,6 +714,7 @@ def command_of(setting: Setting, unit: Unit) -> str:
             words += ["--recipe", f"{key}={json.dumps(value)}"]
     words += ["--reference-pool", str(setting.evaluation.reference_pool)]
     words += ["--metrics", ",".join(setting.groups)]
+    words += ["--trajectory"] if setting.evaluation.trajectory else []
     if setting.pool.micro_batches > 1:
         words += ["--micro-batches", str(setting.pool.micro_batches)]
     if setting.pretrained and setting.entry.source != "hf":

@@ -18,7 +18,15 @@ from typing import Annotated, Any, Literal, TypeVar
 
 import numpy as np
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 
 from unsc_plugin.errors import ConfigError, nearest
 
@@ -303,7 +311,11 @@ DEFAULT_RECIPE = Recipe(
 
 
 class DataInfo(Strict):
-    """What a backbone must know of a data set to fit it."""
+    """What a backbone must know of a data set to fit it, and what attacks must leave alone.
+
+    `special_token_ids`: tokens that carry no content (texts); `feature_numeric`: which features are
+    standardised numbers, the others being one-hot categories (tables). None where unknown.
+    """
 
     name: str
     modality: Literal["image", "text", "tabular"]
@@ -312,6 +324,8 @@ class DataInfo(Strict):
     input_shape: tuple[int, ...]
     vocab_size: int | None = None
     pad_token_id: int | None = None
+    special_token_ids: tuple[int, ...] | None = None
+    feature_numeric: tuple[bool, ...] | None = None
     row_order: str | None = None
     revision: str | None = None
     labels_sha256: str
@@ -512,7 +526,11 @@ class MiaSpec(Strict):
 
 
 class EvaluationSpec(Strict):
-    """The block `evaluation` of a board."""
+    """The block `evaluation` of a board.
+
+    `trajectory` keeps accuracies along the steps of every run that is no sequence, for comparison
+    at equal forgetting. It changes no result.
+    """
 
     tier: Literal["default"] = "default"
     train_seeds: int = Field(5, ge=1)
@@ -530,6 +548,13 @@ class EvaluationSpec(Strict):
     weights: dict[Literal["J", "P", "L", "H", "C"], Annotated[float, Field(gt=0)]] = Field(
         default_factory=dict
     )
+    trajectory: bool = False
+
+    @model_serializer(mode="wrap")
+    def _as_before(self, plain: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave `trajectory` out where it is off, so that older boards keep keys and records."""
+        tree: dict[str, Any] = plain(self)
+        return tree if self.trajectory else {k: v for k, v in tree.items() if k != "trajectory"}
 
 
 class ScenarioSpec(Strict):

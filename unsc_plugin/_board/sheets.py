@@ -4,37 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
 
+from unsc_plugin._board import curve_sheets
+from unsc_plugin._board.cells import DASH, DOWN, UP, Column, Sheet
+from unsc_plugin._board.cells import decimals as _decimals
+from unsc_plugin._board.cells import number as _number
 from unsc_plugin._board.standings import Row, ScenarioResult, Standings
 from unsc_plugin._board.study import Summary, Value
 from unsc_plugin.metrics import _stats as stats
 from unsc_plugin.metrics import score as scoring
 
-DASH = "–"
 MUBENCH = "mubench."
 WILCOXON_FROM = 6
-UP, DOWN = "higher is better", "lower is better"
 TO_RETRAIN, TO_FLOOR = "closer to retrain is better", "lower is better, down to the floor"
-
-
-class Column(NamedTuple):
-    """A column: its label, its direction in words, whether it holds text."""
-
-    label: str
-    direction: str = ""
-    text: bool = False
-
-
-@dataclass(frozen=True)
-class Sheet:
-    """A titled table of finished text."""
-
-    title: str
-    columns: tuple[Column, ...] = ()
-    rows: tuple[tuple[str, ...], ...] = ()
-    text: tuple[str, ...] = ()
 
 
 def sheets(board: Standings) -> tuple[Sheet, ...]:
@@ -43,6 +25,8 @@ def sheets(board: Standings) -> tuple[Sheet, ...]:
     made += unranked_sheets(board)
     made += [_rank_sheet(board)] if any(row.rank for row in board.ranked) else []
     made += _pairwise_sheets(board)
+    made += curve_sheets.matched_sheets(board)
+    made += curve_sheets.drift_sheets(board)
     made += _mubench_sheets(board)
     made += [_scenario_sheet(board, result) for result in board.scenarios]
     made.append(_cost_sheet(board))
@@ -57,29 +41,6 @@ def unranked_sheets(board: Standings) -> list[Sheet]:
 
 
 # --------------------------------------------------------------------------- numbers as text
-
-
-def _decimals(half: float | None, default: int = 3) -> int:
-    """Digits behind the point that an interval of this half-width supports, at most 4.
-
-    One significant digit of the half-width, two where it starts with a 1.
-    """
-    if half is None or not math.isfinite(half) or half <= 0:
-        return default
-    exponent = math.floor(math.log10(half))
-    digits = int(half / 10.0**exponent < 2) - exponent
-    return min(max(digits, 0), 4)
-
-
-def _number(value: float | None, digits: int = 3, *, sign: bool = False) -> str:
-    if value is None or not math.isfinite(value):
-        return DASH
-    text = f"{value:.{digits}f}"
-    if float(text) == 0:
-        text = text.lstrip("-")
-    elif sign and value > 0:
-        text = f"+{text}"
-    return text.replace("-", "−")
 
 
 def _interval(interval: stats.Interval | None) -> str:

@@ -14,6 +14,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from unsc_plugin._board.certificates import Certified, certified
+from unsc_plugin._board.drift import Drift, drift
+from unsc_plugin._board.matched import Candidate, Matched, matched
 from unsc_plugin._board.study import (
     SHOWN,
     Array,
@@ -95,6 +97,8 @@ class Standings:
     retrain_seconds: Mapping[str, float | None]
     retrained_values: Mapping[str, float]
     certificates: tuple[Certified, ...] = ()
+    matched: tuple[Matched, ...] = ()
+    drift: tuple[Drift, ...] = ()
 
     @property
     def rows(self) -> tuple[Row, ...]:
@@ -193,6 +197,9 @@ class _Builder:
         pinned = [drafts[e] for e in ("retrain", *scoring.CONTROLS) if e in drafts]
         others = sorted((r for r in drafts.values() if r.role == "unranked"), key=_by_score)
         order = [row.entry for row in (*pinned, *eligible, *others)]
+        candidates = [self._candidate(drafts[entry]) for entry in order]
+        at_equal = [matched(s, candidates, self.board.confidence) for s in self.studies]
+        drifts = [drift(study, candidates) for study in self.studies]
         return Standings(
             board=self.board,
             health=health,
@@ -201,11 +208,21 @@ class _Builder:
             unranked=tuple(row for row in others if row.has_reference),
             without_reference=tuple(row for row in others if not row.has_reference),
             certificates=certified(self.records),
+            matched=tuple(found for found in at_equal if found is not None),
+            drift=tuple(found for found in drifts if found is not None),
             scenarios=tuple(_reordered(result, order) for result in results),
             problems=tuple(_problems(self.records)),
             retrain_seconds={s.scenario.name: s.retrain_seconds() for s in self.studies},
             retrained_values=self._retrained_values(),
         )
+
+    def _candidate(self, row: Row) -> Candidate:
+        """Return what a comparison at equal forgetting must know of an entry."""
+        role = _role(row.entry)
+        barred = self._foreign(row.entry) if role == "ranked" else []
+        if row.track not in ("", *scoring.RANKED_TRACKS):
+            barred.append(f"track {row.track} is never ranked")
+        return Candidate(row.entry, role, row.needs, tuple(barred))
 
     def _results(self) -> list[ScenarioResult]:
         return [

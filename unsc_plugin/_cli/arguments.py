@@ -165,6 +165,7 @@ def experiment(
     settings: Sequence[str] | None,
     recipe: Sequence[str] | None,
     reference_pool: int | None,
+    trajectory: bool = False,
 ) -> Experiment:
     """Return what is to be run: the file of `--spec`, or the flags over the registry's defaults.
 
@@ -175,18 +176,21 @@ def experiment(
     """
     from unsc_plugin.spec import EvaluationSpec, Experiment, read_yaml
 
-    given = (method, settings, recipe, reference_pool, *names.values())
+    given = (method, settings, recipe, reference_pool, trajectory or None, *names.values())
     if spec is not None:
         if any(value is not None for value in given):
             raise ConfigError(
                 "--spec says everything about the experiment; drop the method and the flags "
-                "--data, --model, --forget, --seed, --set, --recipe and --reference-pool"
+                "--data, --model, --forget, --seed, --set, --recipe, --reference-pool and "
+                "--trajectory"
             )
         return read_yaml(spec).validate(Experiment)
     method = method or (registry.defaults.method if registry.defaults else None)
     if method is None:
         raise ConfigError("expected a method (see `unsc list methods`) or --spec FILE")
-    single = EvaluationSpec(train_seeds=1, draws=1, reference_pool=reference_pool or 1)
+    single = EvaluationSpec(
+        train_seeds=1, draws=1, reference_pool=reference_pool or 1, trajectory=trajectory
+    )
     tree = {
         "method": method,
         "set": pairs("--set", settings),

@@ -72,6 +72,9 @@ ReferencePool = Annotated[
     int | None, _option(HOW, "N", "retrained models to compare with; default 1", min=1)
 ]
 Metrics = Annotated[str, _option(HOW, "GROUPS", "some of core, mia, mubench with commas")]
+Trajectory = Annotated[
+    bool, _flag(HOW, "--trajectory", "measure along the steps, for comparison at equal forgetting")
+]
 MubenchOrig = Annotated[str, _option(HOW, "WORD", "measured or table")]
 AllowForeignOrder = Annotated[
     bool,

@@ -306,6 +306,7 @@ def show_record(found: Record) -> None:
     }
     show(pairs(found.entry, receipt))
     show_numbers(found, None)
+    show_curves(found)
     show_notes(found.stats)
 
 
@@ -350,6 +351,7 @@ def _number(value: float | None, unit: str, sign: bool = False) -> str:
 def show_run(found: Record, original: Evaluation | None, folder: Any) -> None:
     """Print the numbers of a finished run, what it cost and where it lies."""
     show_numbers(found, original)
+    show_curves(found)
     show_notes(found.stats)
     gap = "gap: unlearned minus retrained; " if found.reference else ""
     spent = found.cost.get("seconds_prepare", 0.0) + found.cost.get("seconds_unlearn", 0.0)
@@ -357,6 +359,52 @@ def show_run(found: Record, original: Evaluation | None, folder: Any) -> None:
     of = "" if ratio is None else f", {ratio:.3f} of retraining's work"
     line(f"{gap}unlearning took {spent:.2f} s{of}")
     line(f"written to {folder}")
+
+
+# --------------------------------------------------------------------------- curves
+
+
+def show_curves(found: Record) -> None:
+    """Print what was measured on the way: the rounds of a sequence, the levels of a trajectory."""
+    if rounds := found.curves.get("rounds"):
+        columns = (
+            "request", "status", ">steps", ">at goal", ">earlier at goal", ">came back",
+            ">acc_retain", ">acc_test", ">KL_test, bits", ">‖θ − θ_first‖",
+        )  # fmt: skip
+        rows = [_round_cells(one, rounds[:number]) for number, one in enumerate(rounds)]
+        show(grid("drift over the requests", columns, rows))
+    if trajectory := found.curves.get("trajectory"):
+        line(f"forgotten: {trajectory_text(trajectory)}")
+
+
+def _round_cells(one: Mapping[str, Any], earlier: Sequence[Mapping[str, Any]]) -> list[str]:
+    counts, before = one.get("at_goal"), sum(other["k"] for other in earlier)
+    names = ("acc_retain", "acc_test", "kl_test", "distance_first")
+    return [
+        str(one["request"] + 1),
+        one["status"],
+        str(one["steps"]),
+        f"{counts[-1]}/{one['k']}" if counts else ABSENT,
+        f"{sum(counts[:-1])}/{before}" if counts and earlier else ABSENT,
+        str(one.get("came_back", ABSENT)),
+        *(_cell(one.get(name)) for name in names),
+    ]
+
+
+def trajectory_text(points: Sequence[Mapping[str, float]]) -> str:
+    """Return when a run had forgotten a quarter, half, ... of the forget set, and what it kept."""
+    from unsc_plugin.metrics.goal import LEVELS, first_reaching, forgotten_share
+
+    shares = [forgotten_share(point["acc_forget"]) for point in points]
+    parts = []
+    for level in LEVELS:
+        at = first_reaching(shares, level)
+        if at is None:
+            parts.append(f"{100 * level:g} % never ({100 * shares[-1]:.0f} % at the end)")
+            break
+        kept = f"retain {points[at]['acc_retain']:.4f}, test {points[at]['acc_test']:.4f}"
+        parts.append(f"{100 * level:g} % at step {points[at]['step']} ({kept})")
+    return "; ".join(parts)
 
 
 # --------------------------------------------------------------------------- what methods note

@@ -56,6 +56,12 @@ class TableEncoder:
         hot = [f"{name}={value}" for name, found in self.categories.items() for value in found]
         return (*self.numbers, *hot)
 
+    @property
+    def numeric(self) -> tuple[bool, ...]:
+        """Whether every feature is a standardised number, in the order of :attr:`names`."""
+        hot = sum(len(found) for found in self.categories.values())
+        return (True,) * len(self.numbers) + (False,) * hot
+
     def __call__(self, columns: Columns) -> Tensor:
         """Return the features, float32 (n, D): (x - mean)/deviation, then the one-hot blocks.
 

@@ -83,8 +83,15 @@ def encode(tokenizer: Any, texts: Sequence[Sequence[str]], max_length: int) -> d
     }
 
 
-def describe(tokenizer: Any) -> tuple[int, int]:
-    """Return the vocabulary size and the id of the padding token."""
+def describe(tokenizer: Any) -> dict[str, Any]:
+    """Return what a tokenizer says of its ids, as fields of `DataInfo`.
+
+    Of the word list's own marks [UNK] stands for a word, so it is content and not special.
+    """
     if hasattr(tokenizer, "encode_batch"):
-        return int(tokenizer.get_vocab_size()), 0
-    return len(tokenizer), int(tokenizer.pad_token_id)
+        size, pad = int(tokenizer.get_vocab_size()), SPECIALS.index("[PAD]")
+        special = [at for at, mark in enumerate(SPECIALS) if mark != "[UNK]"]
+    else:
+        size, pad = len(tokenizer), int(tokenizer.pad_token_id)
+        special = sorted(set(map(int, tokenizer.all_special_ids)))
+    return {"vocab_size": size, "pad_token_id": pad, "special_token_ids": tuple(special)}

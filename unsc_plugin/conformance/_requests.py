@@ -18,7 +18,7 @@ from unsc_plugin.conformance._contract import same
 from unsc_plugin.conformance._nets import journal
 from unsc_plugin.conformance._toys import BATCH, NETS, Case, problem, split
 from unsc_plugin.conformance._trial import SEED, Run, Trial, expect, fault, skip
-from unsc_plugin.errors import ForgetSetError, NotApplicable
+from unsc_plugin.errors import AttackFailed, ForgetSetError, NotApplicable
 from unsc_plugin.rows import Rows
 from unsc_plugin.runtime import first_non_finite
 from unsc_plugin.spec import Split
@@ -166,6 +166,9 @@ def architectures(trial: Trial) -> str:
             run = trial.run(trial.case(net))
         except NotApplicable:
             fault(f"{net}: NotApplicable from run(); raise it in prepare()")
+        except AttackFailed:
+            found.append(f"{net}: no attack succeeds, and it says so")
+            continue
         except Exception as error:
             fault(f"{net}: {type(error).__name__}: {error}")
         spoiled = first_non_finite(run.result.model)
