@@ -871,6 +871,33 @@ def test_forget_rows_are_read_once_and_no_other_split_is_opened() -> None:
     assert same(result.model, unlearn(net, task_of(rows), **FEW).model)
 
 
+@pytest.mark.parametrize("preset", [None, *sorted(load().methods["instance_wise"].entry.presets)])  # type: ignore[union-attr]
+def test_no_preset_reads_a_row_that_is_not_to_be_forgotten(preset: str | None) -> None:
+    chosen, fetched = problem("conv"), set[int]()
+
+    def decode(positions: Tensor) -> dict[str, Tensor]:
+        fetched.update(positions.tolist())
+        return {key: column[positions] for key, column in chosen.train.storage.items()}
+
+    train = Rows.of({}, chosen.train.labels, chosen.train.index, decode=decode)
+    forget = torch.arange(0, 96, 12)
+    kept = torch.tensor([i for i in range(96) if i % 12])
+    asked = request(
+        chosen,
+        Scenario.RANDOM,
+        positions=(forget, kept),
+        train=train,
+        val=train.subset(kept),
+        **({"first_model": original("conv")} if preset == "continual" else {}),
+    )
+    short = {"max_epochs": 1} if "reference" in str(preset) else {"max_steps": 3}
+    name = "instance_wise" if preset is None else f"instance_wise.{preset}"
+    result = unlearn(original("conv"), asked, name, **short)
+    assert result.steps >= 1
+    assert fetched == set(forget.tolist())
+    assert dict(result.read) == {Split.FORGET: 8}
+
+
 @pytest.mark.parametrize("split", ["retain", "val"])
 def test_opening_another_split_raises(split: str) -> None:
     net = Net()

@@ -529,7 +529,7 @@ class EvaluationSpec(Strict):
     """The block `evaluation` of a board.
 
     `trajectory` keeps accuracies along the steps of every run that is no sequence, for comparison
-    at equal forgetting. It changes no result.
+    at equal forgetting. It changes no result; `peak_bytes` then counts the predictions made for it.
     """
 
     tier: Literal["default"] = "default"

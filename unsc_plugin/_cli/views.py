@@ -435,6 +435,10 @@ def show_notes(stats: Mapping[str, Any]) -> None:
         for message in one.get("warnings", []):
             line(f"warning: {message}")
     last = (stats.get("requests") or [stats])[-1]
+    if "status" in last and "forgotten" in last:
+        why = f" ({last['cap_reason']})" if "cap_reason" in last else ""
+        done = f"{last['forgotten']} of {last['k']} instances after {last['steps']} steps"
+        line(f"goal {last.get('goal', '')}: {last['status']}{why}, {done}")
     certificate, subspaces = last.get("certificate"), last.get("subspaces")
     if not certificate or not subspaces:
         return
