@@ -150,7 +150,8 @@ def test_every_built_in_preset_can_be_made() -> None:
         for tag in named.entry.presets:
             made = names.create(f"{name}.{tag}")
             for key, value in named.entry.presets[tag].args.items():
-                assert getattr(made.config, key) == value
+                wanted = tuple(value) if isinstance(value, list) else value
+                assert getattr(made.config, key) == wanted
 
 
 def test_every_method_file_has_an_entry_of_its_name() -> None:

@@ -368,7 +368,9 @@ class _Run:
         anchor = dict(request.anchor.named_parameters())
         self.anchor = [anchor[name].detach() for name in moving]
         self.free = None if request.free is None else [request.free[name] for name in moving]
-        self.start = [p.detach().clone() for p in self.moving]
+        self.start = self.anchor  # the same weights, unless an older model is held on to
+        if config.anchor == "first":
+            self.start = [p.detach().clone() for p in self.moving]
         low = precision(task) in ("bf16", "fp16")
         default = MARGIN_LOW if low else MARGIN
         self.margin = default if config.stop_margin is None else config.stop_margin
