@@ -368,11 +368,13 @@ def show_curves(found: Record) -> None:
     """Print what was measured on the way: the rounds of a sequence, the levels of a trajectory."""
     if rounds := found.curves.get("rounds"):
         columns = (
-            "request", "status", ">steps", ">at goal", ">earlier at goal", ">came back",
-            ">acc_retain", ">acc_test", ">KL_test, bits", ">‖θ − θ_first‖",
+            "t", "status", ">steps", ">at goal", ">earlier", ">back", ">retain", ">test", ">KL",
+            ">‖Δθ‖",
         )  # fmt: skip
         rows = [_round_cells(one, rounds[:number]) for number, one in enumerate(rounds)]
         show(grid("drift over the requests", columns, rows))
+        line("at goal: instances of request t after it; earlier: of all before; back: came back")
+        line("retain, test: accuracies; KL: KL_test in bits; ‖Δθ‖: distance to the first model")
     if trajectory := found.curves.get("trajectory"):
         line(f"forgotten: {trajectory_text(trajectory)}")
 
