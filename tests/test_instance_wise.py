@@ -537,7 +537,7 @@ def test_last_model_returns_the_last_weights_and_else_the_best_ones_come_back() 
         int(met(logits_of(net, state, rows), rows.labels, "misclassify").sum())
         for state in seen.states
     ]
-    cap = next(t for t in range(1, len(counts)) if counts[t] <= max(counts[:t]) and counts[t] > 4)
+    cap = next(t for t in range(1, len(counts)) if 4 < counts[t] < max(counts[:t]))
     first_best = counts.index(max(counts[:cap]))
     settings: dict[str, Any] = {"max_steps": cap}
     best = unlearn(net, task_of(rows), "instance_wise.neggrad", **settings)
@@ -545,6 +545,7 @@ def test_last_model_returns_the_last_weights_and_else_the_best_ones_come_back() 
     assert best.stats["status"] == last.stats["status"] == "cap"
     assert best.stats["cap_reason"] == "steps"
     assert best.stats["forgotten"] == counts[first_best]
+    assert last.stats["forgotten"] == counts[cap]
     assert first_best < cap
     assert same(best.model, seen.states[first_best])
     assert same(last.model, seen.states[cap])

@@ -18,7 +18,8 @@ from torch import nn
 
 from unsc_plugin import bench, engine, run
 from unsc_plugin._board.curves import percent_axis
-from unsc_plugin._curves import WATCHED, Trajectory, is_mark
+from unsc_plugin._curves import WATCHED, Trajectory
+from unsc_plugin.engine import is_mark
 from unsc_plugin.leaderboard import ScenarioSummary, build
 from unsc_plugin.method import UnlearningTask
 from unsc_plugin.record import Record, read

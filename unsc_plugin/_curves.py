@@ -69,7 +69,7 @@ class Trajectory:
         if step < self._last or step == 1:
             self._reset()
         self._last = step
-        due = is_mark(step)
+        due = engine.is_mark(step)
         if not due and not (self._every and self._open):
             return
         acc_forget = self._accuracy(model, self._frame.forget)
@@ -106,11 +106,6 @@ class Trajectory:
     def _accuracy(self, model: nn.Module, rows: Rows) -> float | None:
         logits = _logits(model, rows, self._device)
         return None if logits is None else accuracy(logits, rows.labels)
-
-
-def is_mark(step: int) -> bool:
-    """Return whether a step is a rounded power of √2: 1, 2, 3, 4, 6, 8, 11, 16, 23, 32, ..."""
-    return step > 0 and round(2 ** (round(2 * math.log2(step)) / 2)) == step
 
 
 def _logits(model: nn.Module, rows: Rows, device: Any) -> Tensor | None:

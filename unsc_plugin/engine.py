@@ -491,6 +491,11 @@ def fit_config(
     fit(model, context, stages, epochs=epochs, **more)
 
 
+def is_mark(step: int) -> bool:
+    """Return whether a step is a rounded power of √2: 1, 2, 3, 4, 6, 8, 11, 16, 23, 32, ..."""
+    return step > 0 and round(2 ** (round(2 * math.log2(step)) / 2)) == step
+
+
 # --------------------------------------------------------------------------- predicting
 
 

@@ -142,14 +142,13 @@ def measure(arguments: argparse.Namespace) -> dict[str, float | str]:
     device = torch.device(arguments.device)
     model, pairs, notes = problem(arguments, device)
     seconds: dict[str, list[float]] = {"published": [], "ours": [], "full": []}
-    for repeat in range(arguments.repeats):
+    for _ in range(arguments.repeats):
         spent, theirs = timed(lambda: published(model, pairs, 0), device)
         seconds["published"].append(spent)
         spent, early = timed(lambda: ours(model, pairs, arguments.batch, arguments.tau), device)
         seconds["ours"].append(spent)
         spent, full = timed(lambda: ours(model, pairs, arguments.batch, None), device)
         seconds["full"].append(spent)
-        del repeat
     median = {key: statistics.median(values) for key, values in seconds.items()}
     return notes | {
         "image_step_ratio": theirs[0] / early[0],

@@ -47,7 +47,8 @@ class Tally:
         self.hit += int(found.success.sum())
         self.image_steps += found.image_steps
         self.confidence += float(found.confidence.double().sum())
-        delta = found.delta[found.success].float().flatten(1)
+        hit = found.success.to(found.delta.device)  # a spilled δ lies on the CPU
+        delta = found.delta[hit].float().flatten(1)
         if len(delta):
             self.norms.append(found.norm[found.success].float().cpu())
             self.rms.append(delta.square().mean(dim=1).sqrt().cpu())

@@ -150,7 +150,8 @@ def _request(model: nn.Module, task: UnlearningTask, config: Settings) -> _Reque
     own = _held(task.rows("forget"), task.device)
     past = _repaired(task, config)
     rows = _joined([own, *(_held(one.rows, task.device) for one in past)])
-    first = task.first_model if task.sequential else None
+    old = config.anchor == "first" or config.relabel == "second_best"
+    first = task.first_model if old else None
     anchor = first if first is not None and config.anchor == "first" else model
     logits = engine.predict(anchor, rows, device=task.accelerator).logits
     _check(anchor, rows, logits, task, config)
@@ -386,6 +387,7 @@ class _Run:
         self.best = self.seen = -1
         self.stale = self.already = 0
         self.snapshot: list[Tensor] = []
+        self.restored = False
         self.status, self.reason = "", ""
         self.parts: dict[str, Tensor | float] = {}
         self.curve: list[list[float | None]] = []
@@ -484,7 +486,7 @@ class _Run:
         if count > self.best and whole:
             self.best = count
             self.snapshot = [p.detach().clone() for p in self.moving]
-        if _on_schedule(step):
+        if step == 0 or engine.is_mark(step):
             self._point(step, count)
         if count >= self.need:
             return self._end("reached")
@@ -536,6 +538,7 @@ class _Run:
             with torch.no_grad():
                 for p, kept in zip(self.moving, self.snapshot, strict=True):
                     p.copy_(kept)
+            self.restored = True
         return True
 
     # -- one step
@@ -649,7 +652,7 @@ class _Run:
             "steps": self.task.steps,
             "k": self.k,
             "k_already": self.already,
-            "forgotten": max(self.best, 0) if self.status == "cap" else int(self.met.sum()),
+            "forgotten": max(self.best, 0) if self.restored else int(self.met.sum()),
             "goal": self.config.goal,
             "stop_margin": self.margin,
             "w_final": self.w,
@@ -667,15 +670,3 @@ class _Run:
                 targets.numpy().astype("<i8").tobytes()
             ).hexdigest()
         return found
-
-
-def _on_schedule(step: int) -> bool:
-    """Whether a step is noted: 0 to 4, then about every factor of √2.
-
-    >>> [step for step in range(50) if _on_schedule(step)]
-    [0, 1, 2, 3, 4, 6, 8, 11, 16, 23, 32, 45]
-    """
-    if step < 2:
-        return True
-    exponent = round(2 * math.log2(step))
-    return round(2 ** (exponent / 2)) == step
