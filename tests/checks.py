@@ -21,10 +21,16 @@ ELSEWHERE = {
     "instance_wise.reference": "1,001 epochs of full attacks; shortened in its own tests",
     "instance_wise.reference_adv": "1,001 epochs of full attacks; shortened in its own tests",
     "instance_wise.reference_neggrad": "1,001 epochs; shortened in its own tests",
+    "soft_weighted.ssd": "soft weights dampen next to nothing on the toy; has its own tests",
+    "scrub.rewind": "on the toy the first of equal checkpoints is the original; has its own tests",
 }
-"""Presets that `test_instance_wise.py` tries in another way, with the reason."""
+"""Presets that the tests of their method try in another way, with the reason."""
 
-UNSEEDED = {"instance_wise.neggrad": "draws nothing where all forget rows fit into one batch"}
+UNSEEDED = {
+    "influence.head": "draws nothing: closed form",
+    "influence.newton": "draws nothing: closed form",
+    "instance_wise.neggrad": "draws nothing where all forget rows fit into one batch",
+}
 """Presets whose weights do not depend on the seed in the suite, with the reason."""
 
 PRESETS = [

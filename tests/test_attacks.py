@@ -955,13 +955,20 @@ def test_models_without_classes_or_without_a_gradient():
 
 def test_tables_say_which_columns_are_numbers(tmp_path):
     encoder = TableEncoder.fit(
-        {"a": np.array([1.0, 2.0]), "b": np.array(["x", "y"], object), "c": np.array([0.0, 3.0])}
+        {
+            "a": np.array([1.0, 2.0, 2.0]),
+            "b": np.array(["x", "y", "z"], object),
+            "c": np.array([0.0, 3.0, 3.0]),
+            "d": np.array(["u", "v", "v"], object),
+        }
     )
     assert dict(zip(encoder.names, encoder.numeric, strict=True)) == {
         "a": True,
         "c": True,
         "b=x": False,
         "b=y": False,
+        "b=z": False,
+        "d=v": False,
     }
     entry = DatasetEntry(source="synthetic", id="table", modality="tabular", args={"n": 60})
     splits = data.load(entry, "toy")

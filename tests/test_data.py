@@ -285,7 +285,7 @@ def test_table_columns(tmp_path):
     entry = table_entry(tmp_path, val_fraction=0.0, columns=Columns(group="sex", drop=("later",)))
     splits = data.load(entry, "x")
     z = (np.array([60, 20]) - 35) / np.std([20, 30, 40, 50])
-    expected = torch.tensor([[z[0], 0, 0, 0, 0, 1], [z[1], 1, 0, 0, 1, 0]], dtype=torch.float32)
+    expected = torch.tensor([[z[0], 0, 0, 0, 1], [z[1], 1, 0, 0, 0]], dtype=torch.float32)
     torch.testing.assert_close(splits.test.storage["features"], expected)
     assert splits.info.groups == ("F", "M")
     assert splits.test.group.tolist() == [1, 0]

@@ -30,7 +30,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "linalg": GROUND,
     "hooks": GROUND | {"linalg"},
     "attacks": GROUND | {"linalg", "hooks", "runtime"},
-    "influence": GROUND | {"linalg", "hooks"},
+    "influence": GROUND | {"linalg", "hooks", "runtime"},
     "method": GROUND | {"linalg", "runtime"},
     "engine": GROUND | {"linalg", "runtime", "method"},
     "data": GROUND | {"runtime"},

@@ -548,7 +548,7 @@ def test_weights_split_into_two_streams() -> None:
 def test_hardening_what_is_hard_changes_nothing() -> None:
     weights = Weights(torch.tensor([0.0, -1.0, 0.0]))
     assert weights.hard
-    assert weights.harden().sha256 == weights.sha256
+    assert weights.harden(0.5).sha256 == weights.sha256
 
 
 @pytest.mark.parametrize("threshold", [0.0, -0.5, math.nan])

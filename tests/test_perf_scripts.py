@@ -12,8 +12,14 @@ import pytest
 FOLDER = Path(__file__).parent.parent / "benchmarks" / "perf"
 SHORT = {
     "attack.py": (["--quick"], {"image_step_ratio", "time_ratio", "target_success"}),
+    "influence.py": (
+        ["--quick"],
+        {"ratio_vmap", "ratio_hessian", "max_relative_error", "peak_bytes"}
+        | {"seconds_logistic_30k_100"},
+    ),
     "overhead.py": (["--rounds", "1", "--steps", "10"], {"ratio", "device"}),
     "metrics.py": (["--quick"], set()),
+    "weight_qp.py": (["--quick"], {"qp 2000", "attainable 2000"}),
     "unsc_subspace.py": (
         ["--quick"],
         {

@@ -55,4 +55,4 @@ def test_journeys_run_as_they_stand(tmp_path):
         )
         assert done.returncode == 0, f"{text}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
         ran += 1
-    assert ran == 6
+    assert ran == 7

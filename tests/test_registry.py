@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -22,7 +23,7 @@ from unsc_plugin.errors import (
     UnknownName,
     UnscError,
 )
-from unsc_plugin.method import UnlearningMethod, UnlearningTask
+from unsc_plugin.method import MethodRef, UnlearningMethod, UnlearningTask
 from unsc_plugin.methods.finetune import Finetune
 from unsc_plugin.spec import Split, read_yaml
 
@@ -151,7 +152,11 @@ def test_every_built_in_preset_can_be_made() -> None:
             made = names.create(f"{name}.{tag}")
             for key, value in named.entry.presets[tag].args.items():
                 wanted = tuple(value) if isinstance(value, list) else value
-                assert getattr(made.config, key) == wanted
+                found = getattr(made.config, key)
+                if isinstance(found, MethodRef):
+                    assert made.parts[key].name == found.method
+                    found = dataclasses.asdict(found) if isinstance(wanted, dict) else found.method
+                assert found == wanted
 
 
 def test_every_method_file_has_an_entry_of_its_name() -> None:

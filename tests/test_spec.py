@@ -329,7 +329,8 @@ datasets:
     revision: abc
     summary: Data
     splits: {train: train, test: test}
-    columns: {input: img, label: label, group: g, sub_labels: [s], drop: [t]}
+    columns: {input: img, label: label, group: g, sub_labels: [s], drop: [t],
+      groups: [{name: a, values: [x]}, {name: b, rest: true}]}
     modality: image
     num_classes: 3
     max_length: 16
@@ -439,7 +440,8 @@ def test_every_registry_field_removed(name: str) -> None:
     for path in fields(document.tree):
         tree = copy.deepcopy(document.tree)
         del at(tree, path[:-1])[path[-1]]
-        if pattern(path) in REQUIRED:
+        needed = path[-1] == "group" and "groups" in at(tree, path[:-1])
+        if pattern(path) in REQUIRED or needed:
             said = refused(document, tree)
             assert said.startswith("registry.yaml:")
             assert path[-1] in said

@@ -1,9 +1,9 @@
 """Bounded, batched adversarial perturbations of pixels, of word embeddings and of table columns.
 
 :func:`open_space` says what of the inputs may move and how far, :func:`pgd` moves it towards or
-away from a class, :func:`perturbed` is the forward pass with a stored perturbation. Every row is
-attacked for itself: its result depends on its input, its target and its seed, never on the rows
-beside it.
+away from a class, :func:`perturbed` is the forward pass with a stored perturbation,
+:func:`linear_worst_case` the closed form of binary linear classifiers. Every row is attacked for
+itself: its result depends on its input, its target and its seed, never on the rows beside it.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from unsc_plugin._linear_attack import linear_worst_case as linear_worst_case
 from unsc_plugin._spaces import TINY, Inputs, boxed, in_box, lengths, masked, picked, scaled, spread
 from unsc_plugin._spaces import Norm as Norm
 from unsc_plugin._spaces import Space as Space

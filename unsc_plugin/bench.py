@@ -30,6 +30,7 @@ from unsc_plugin.record import Record
 from unsc_plugin.registry import Registry, load
 from unsc_plugin.spec import (
     BoardSpec,
+    CorrectionSpec,
     EntrySpec,
     EvaluationSpec,
     MethodEntry,
@@ -409,11 +410,13 @@ def summary(board: Board, records: Sequence[Record]) -> BoardSummary:
     """Return what the leaderboard must know of a board."""
     spec, how = board.spec, board.spec.evaluation
     kinds = {done.scenario: done.kind for done in records}
+    corrects = how.correction is not None or "correction" in kinds.values()
+    unknown = "correction" if corrects else "instance"
     return BoardSummary(
         name=spec.name,
         title=spec.title,
         scenarios=tuple(
-            ScenarioSummary(one.name, kinds.get(one.name, "instance"), one.description)
+            ScenarioSummary(one.name, kinds.get(one.name, unknown), one.description)
             for one in spec.scenarios
         ),
         entries=tuple(entry.label for entry in spec.rows),
@@ -429,6 +432,7 @@ def summary(board: Board, records: Sequence[Record]) -> BoardSummary:
         cost_gate=how.cost_gate,
         weights={str(key): value for key, value in how.weights.items()},
         notes=_missing_beside(board),
+        criterion=(how.correction or CorrectionSpec()).metric if corrects else None,
     )
 
 
@@ -527,35 +531,48 @@ def verify(
     return checked, mismatches
 
 
+ORACLE = ("oracle_js", "oracle_agree", "oracle_gap_diff")
+"""Numbers that the outputs of a unit do not tell: they need its weights, and a retraining."""
+
+
 def _recheck(board: Board, job: Job, stored: Record, tolerance: float) -> list[Mismatch]:
     from unsc_plugin import evaluation, run
 
     setting = _setting(board, job.scenario)
     unit = run.Unit(job.entry, job.train_seed, job.draw)
     path = outputs_path(stored, setting.pool.root)
-    if stored.status != "ok" or not path.is_file():
+    corrects, alone = stored.kind == "correction", stored.status == "ok" and path.is_file()
+    if not alone:
         again = run.run_unit(setting, unit).record
-        hashes, metrics = again.hashes, again.metrics
-        reference, spread = again.reference, again.reference_std
+        hashes, found = again.hashes, _numbers(again)
     else:
         numbers = run.evaluate_outputs(setting, unit, evaluation.Outputs.load(path))
-        hashes, metrics = run.hashes_of(setting, unit), numbers.metrics
-        reference, spread = numbers.reference, numbers.reference_std
-    members = [member.meta["sha256"] for member, _ in setting.references(job.draw)]
-    if stored.reference_hashes not in ([], members):
+        hashes, found = run.hashes_of(setting, unit), _numbers(numbers)
+    # a correction is compared with the oracle of its own weights, not with a pool of its draw
+    members = [] if corrects else [m.meta["sha256"] for m, _ in setting.references(job.draw)]
+    if not corrects and stored.reference_hashes not in ([], members):
         return [Mismatch(job.label, "reference_hashes", "others", "those of the pool")]
     mismatches = [
         Mismatch(job.label, f"hash of {key}", stored.hashes[key][:16], hashes[key][:16])
         for key in sorted(stored.hashes.keys() & hashes.keys())
         if stored.hashes[key] != hashes[key]
     ]
-    parts = {"metrics": metrics, "reference": reference, "reference_std": spread}
-    for part, again_part in parts.items():
-        kept = getattr(stored, part)
-        for key in sorted(kept.keys() | again_part.keys()):
-            if key == "mubench.unlearn_time":
-                continue  # a time is measured once
-            before, after = kept.get(key), again_part.get(key)
-            if before is None or after is None or abs(before - after) > tolerance:
-                mismatches.append(Mismatch(job.label, f"{part}.{key}", str(before), str(after)))
+    kept = _numbers(stored)
+    for name in sorted(kept.keys() | found.keys()):
+        part, key = name.split(".", 1)
+        if name == "metrics.mubench.unlearn_time":
+            continue  # a time is measured once
+        if corrects and alone and (part == "reference" or key in ORACLE):
+            continue
+        before, after = kept.get(name), found.get(name)
+        if before is None or after is None or abs(before - after) > tolerance:
+            mismatches.append(Mismatch(job.label, name, str(before), str(after)))
     return mismatches
+
+
+def _numbers(of: Any) -> dict[str, float]:
+    """Return the numbers of a record or an evaluation that must come out again, by full name."""
+    parts = {part: getattr(of, part) for part in ("metrics", "reference", "reference_std")}
+    ends = {f"{k}.{end}": x for k, pair in of.intervals.items() for end, x in enumerate(pair)}
+    parts["intervals"] = ends
+    return {f"{part}.{key}": x for part, found in parts.items() for key, x in found.items()}

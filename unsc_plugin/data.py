@@ -17,15 +17,19 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
+from unsc_plugin._data.biased import biased_draws as biased_draws  # part of the public face
+from unsc_plugin._data.biased import colour_patch as colour_patch
 from unsc_plugin._data.columns import guess_columns, read_part
+from unsc_plugin._data.groups import group_codes
 from unsc_plugin._data.images import IN_MEMORY_BYTES, ImageDecoder, PixelFormat
-from unsc_plugin._data.pieces import Piece, arrange, class_codes, group_codes, with_noise
-from unsc_plugin._data.sources import Part, Source, read_sklearn, read_synthetic
+from unsc_plugin._data.pieces import Piece, arrange, class_codes, with_noise
+from unsc_plugin._data.sources import Part, Source, read_sklearn
+from unsc_plugin._data.synthetic import read_synthetic
 from unsc_plugin._data.tables import TableEncoder
 from unsc_plugin._data.text import describe, encode, train_words
 from unsc_plugin.errors import DataError, MissingOptional, RowOrderMismatch, UnknownName
 from unsc_plugin.rows import Rows
-from unsc_plugin.spec import DataInfo, DatasetEntry
+from unsc_plugin.spec import DataInfo, DatasetEntry, canonical_json, parse_settings
 
 DECODE_WORKERS = 2
 
@@ -80,6 +84,9 @@ def expand_path(text: str, data_dir: Path | None = None) -> Path:
 def resolve(name: str, registry_entries: Mapping[str, DatasetEntry]) -> tuple[str, DatasetEntry]:
     """Return the canonical name and the entry of a registered name, hub id or local folder.
 
+    `NAME?key=value&key=value` is a registered name with other arguments in its `args`; in the
+    canonical name they are sorted, and those that the entry has anyway are left out.
+
     `hub:<org>/<id>` (or `<org>/<id>`), `parquet:<folder, file or glob>` (or the path of a folder)
     need no registration: splits come from the file or split names, columns from the features. An
     image column makes it an image set; a text column with a telling name, or alone beside the
@@ -89,9 +96,11 @@ def resolve(name: str, registry_entries: Mapping[str, DatasetEntry]) -> tuple[st
         UnknownName: nothing has this name.
         MissingOptional: a path that does not exist, or a hub id that cannot be reached.
         DataError: no valid hub id, or columns that cannot be guessed.
+        ConfigError: something behind `?` that is not key=value.
     """
-    if name in registry_entries:
-        return name, registry_entries[name]
+    base, _, query = name.partition("?")
+    if base in registry_entries:
+        return _with_args(base, registry_entries[base], parse_settings(query, base))
     scheme, colon, rest = name.partition(":")
     if colon and scheme == "hub":
         return name, _guess_hub(rest)
@@ -103,10 +112,18 @@ def resolve(name: str, registry_entries: Mapping[str, DatasetEntry]) -> tuple[st
         return f"hub:{name}", _guess_hub(name)
     raise UnknownName(
         "data set",
-        name,
+        base,
         registry_entries,
         "see `unsc list datasets`, or give hub:<org>/<id>, or a folder of Parquet files",
     )
+
+
+def _with_args(name: str, entry: DatasetEntry, args: Mapping[str, Any]) -> tuple[str, DatasetEntry]:
+    changed = {key: args[key] for key in sorted(args) if args[key] != entry.args.get(key)}
+    if not changed:
+        return name, entry
+    words = "&".join(f"{key}={canonical_json(value)}" for key, value in changed.items())
+    return f"{name}?{words}", entry.model_copy(update={"args": {**entry.args, **changed}})
 
 
 def _guess_hub(name: str) -> DatasetEntry:
@@ -292,8 +309,9 @@ def load(
     """Return the splits of a data set.
 
     An official test or validation split is taken as it is. Otherwise test is a stratified draw of
-    `test_fraction` and validation one of `val_fraction` of what is left, both with fixed seeds.
-    Label noise gives a fixed share of the training rows another class, drawn uniformly.
+    `test_fraction` and validation one of `val_fraction` of what is left, both with fixed seeds;
+    strata are the labels, with groups the (label, group) cells. Label noise gives a fixed share of
+    the training rows another class, drawn uniformly.
 
     Args:
         entry: where the rows are and what they mean.
@@ -303,12 +321,13 @@ def load(
             the training texts.
 
     Raises:
-        DataError: columns, labels or values that cannot be used, or a split without rows.
+        DataError: columns, labels, groups or values that cannot be used, or a split without rows.
         RowOrderMismatch: other training labels, or in another order, than the entry's hash says.
     """
     source = _read(entry, data_dir)
     codes, class_names = class_codes(source.parts, source.class_names, entry.num_classes)
-    pieces, labels_sha256 = arrange(entry, source.parts, codes)
+    names, groups = group_codes(source.parts, entry.columns)
+    pieces, labels_sha256 = arrange(entry, source.parts, codes, groups)
     if entry.labels_sha256 and entry.labels_sha256 != labels_sha256:
         raise RowOrderMismatch(
             f"{name}: expected training labels with SHA-256 {entry.labels_sha256}, got "
@@ -321,8 +340,7 @@ def load(
     if entry.label_noise:
         pieces["train"] = with_noise(pieces["train"], entry.label_noise, len(class_names))
     inputs, tokenizer, described = _inputs(entry, pieces, tokenizer)
-    names, groups = group_codes(pieces, entry.columns.group)
-    rows = {split: _rows(piece, inputs[split], groups[split]) for split, piece in pieces.items()}
+    rows = {split: _rows(piece, inputs[split]) for split, piece in pieces.items()}
     shape = next(iter(rows["train"].gather([0]).inputs.values())).shape[1:]
     info = DataInfo(
         name=name,
@@ -339,10 +357,9 @@ def load(
     return Splits(rows["train"], rows["val"], rows["test"], info, tokenizer)
 
 
-def _rows(
-    piece: Piece, inputs: dict[str, torch.Tensor] | ImageDecoder, group: torch.Tensor | None
-) -> Rows:
+def _rows(piece: Piece, inputs: dict[str, torch.Tensor] | ImageDecoder) -> Rows:
     labels, index = torch.from_numpy(piece.labels), torch.from_numpy(piece.index)
+    group = None if piece.group is None else torch.from_numpy(piece.group)
     extra = dict(piece.part.beside)
     if isinstance(inputs, ImageDecoder):
         return Rows.of(

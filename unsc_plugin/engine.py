@@ -1,7 +1,7 @@
 """One fit loop and one predict loop over accelerate; nothing else in the package steps or predicts.
 
 Gradients of the losses of one step are summed over micro-batches and processes. A loss that is
-divided by `Batch.total`, the weight of the whole step, is therefore the exact weighted mean for any
+divided by `Batch.total`, the rows of the whole step, is therefore the exact weighted mean for any
 number of processes and micro-batches.
 """
 
@@ -96,8 +96,12 @@ class _Plain:
 
 
 def weighted_mean(losses: Tensor, batch: Batch) -> Tensor:
-    """Return this process's part of Σ w·loss / Σ w over the whole step; losses (B,) to scalar."""
-    return (losses * batch.weight.to(losses.dtype)).sum() / max(batch.total, 1e-30)
+    """Return this process's part of Σ w·loss / B over the whole step; losses (B,) to scalar.
+
+    B is the number of rows of the step: weights of 0 and 1 − a chosen set − give the plain mean of
+    the set form bit for bit, and a step fades as its weights go to 0.
+    """
+    return (losses * batch.weight.to(losses.dtype)).sum() / batch.total
 
 
 def cross_entropy(
@@ -367,9 +371,16 @@ def recipe_schedule(recipe: Recipe, epochs: int) -> Callable[[float], float] | N
 
 
 def fit_recipe(
-    model: nn.Module, context: Context, loader: Loader, *, epochs: int | None = None
+    model: nn.Module,
+    context: Context,
+    loader: Loader,
+    *,
+    epochs: int | None = None,
+    weight_decay: float | None = None,
 ) -> None:
     """Train `model` on `loader` exactly as the recipe says; originals and retrained models use it.
+
+    `epochs` and `weight_decay`, where given, stand over the recipe's.
 
     Raises:
         DivergedError: a loss is not finite.
@@ -383,6 +394,7 @@ def fit_recipe(
         [Stage(loader, lambda m, b: cross_entropy(m, b, label_smoothing=recipe.label_smoothing))],
         epochs=epochs,
         lr=recipe.lr,
+        weight_decay=weight_decay,
         max_grad_norm=recipe.max_grad_norm,
         schedule=recipe_schedule(recipe, epochs),
     )

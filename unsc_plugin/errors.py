@@ -126,6 +126,18 @@ class AttackFailed(UnscError, RuntimeError):
     exit_code = 1
 
 
+class NumericalError(UnscError, ArithmeticError):
+    """A computation that did not succeed: no factorisation, no convergence, not finite."""
+
+    exit_code = 1
+
+
+class InfeasibleError(UnscError, ValueError):
+    """No point satisfies the constraints that were asked for."""
+
+    exit_code = 1
+
+
 class NonFiniteError(DivergedError):
     """Activations or logits of the given model that are not finite."""
 

@@ -11,7 +11,7 @@ import copy
 import hashlib
 import json
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -23,14 +23,22 @@ from safetensors.torch import save_file
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 from torch import Tensor, nn
 
+from unsc_plugin import _correction_numbers as correction_numbers
 from unsc_plugin import engine
 from unsc_plugin.data import Splits
 from unsc_plugin.errors import CacheMismatch, DataError, DivergedError
 from unsc_plugin.forget import Request
-from unsc_plugin.metrics import METRICS, distance, divergence, membership, mubench, probe
+from unsc_plugin.metrics import METRICS, distance, divergence, membership, mubench, pareto, probe
 from unsc_plugin.metrics.accuracy import accuracy
 from unsc_plugin.rows import Rows
-from unsc_plugin.spec import EvaluationSpec, Recipe, canonical_json, derive, fingerprint
+from unsc_plugin.spec import (
+    CorrectionSpec,
+    EvaluationSpec,
+    Recipe,
+    canonical_json,
+    derive,
+    fingerprint,
+)
 
 GROUPS = ("core", "mia", "mubench")
 CLASS_KINDS = ("class", "subclass")
@@ -69,6 +77,11 @@ class Frame:
             return int(self.spec.relearn.steps)
         return min(max(-(-len(self.retain) // self.recipe.batch_size), 50), 1000)
 
+    @property
+    def correction(self) -> CorrectionSpec:
+        """How a correction is measured."""
+        return self.spec.correction or CorrectionSpec()
+
     def identity(self) -> str:
         """Return the SHA-256 of everything that decides what :func:`observe` sees."""
         rows = [self.forget, self.retain_eval, self.test, self.retain]
@@ -80,6 +93,7 @@ class Frame:
                 self.spec.relearn,
                 self.spec.probe,
                 [self.seed, self.draw, engine.FIT_VERSION],
+                *([self.correction] if self.kind == "correction" else []),
             ]
         )
 
@@ -230,8 +244,16 @@ def observe(
     """
     logits = {}
     for name in _LOGITS:
+        if name == "forget" and not len(frame.forget):
+            continue
         logits[name] = _finite_logits(model, getattr(frame, name), name, device).numpy()
-    numbers: dict[str, float] = {}
+    if frame.kind == "correction":
+        seed = derive(frame.seed, "robustness", frame.draw)
+        numbers = correction_numbers.robustness(
+            model, frame.test, logits["test"], frame.correction, seed, device
+        )
+        return Outputs(forget=logits["test"][:0], **logits, numbers=numbers)
+    numbers = {}
     if frame.shots is not None and frame.shot_rows is not None:
         seen = frame.test.subset(torch.nonzero(frame.forgotten)[:, 0])
         shot = engine.predict(model, frame.shot_rows, device=device, features=True).features
@@ -289,12 +311,16 @@ def _relearnt(model: nn.Module, frame: Frame, seed: int, device: Any) -> dict[st
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Named numbers of a subject, the same of the retrained pool, and what is absent and why."""
+    """Named numbers of a subject, the same of the retrained pool, and what is absent and why.
+
+    `intervals` are bootstrap limits over the test rows, of corrections only.
+    """
 
     metrics: dict[str, float]
     reference: dict[str, float]
     reference_std: dict[str, float]
     missing: dict[str, str]
+    intervals: dict[str, tuple[float, float]] = field(default_factory=dict)
 
 
 def evaluate(
@@ -314,6 +340,8 @@ def evaluate(
     Raises:
         DataError: an unknown group.
     """
+    if frame.kind == "correction":
+        return _corrected(subject, pool, frame)
     groups = set(groups)
     if groups - set(GROUPS):
         raise DataError(
@@ -349,6 +377,32 @@ def evaluate(
         if name not in own:
             missing.setdefault(name, _reason(name, own, missing, bool(pool)))
     return Evaluation(_ordered(own), _ordered(reference), _ordered(spread), missing)
+
+
+def _corrected(subject: Outputs, pool: Sequence[Outputs], frame: Frame) -> Evaluation:
+    """Return the numbers of a correction; the pool holds the oracle of its weights, if any."""
+    spec = frame.correction
+    own, missing = correction_numbers.numbers(subject.test, frame.test, spec)
+    own |= dict(subject.numbers)
+    own["nll_prior"] = pareto.prior_nll(frame.test.labels.numpy())
+    own["acc_retain"] = accuracy(subject.retain_eval, frame.retain_eval.labels, split="retain")
+    if spec.attack is not None and not subject.numbers:
+        missing |= dict.fromkeys(("robust_acc", "robust_nll"), "these inputs cannot be attacked")
+    reference: dict[str, float] = {}
+    if pool:
+        reference = correction_numbers.numbers(pool[0].test, frame.test, spec)[0]
+        reference |= dict(pool[0].numbers)
+        own |= correction_numbers.to_oracle(
+            subject.test,
+            [one.test for one in pool],
+            own.get(spec.metric),
+            reference.get(spec.metric),
+        )
+    seed = derive(frame.seed, "bootstrap", frame.draw)
+    limits = correction_numbers.intervals(
+        subject.test, frame.test, spec, seed, frame.spec.confidence
+    )
+    return Evaluation(_ordered(own), _ordered(reference), {}, missing, limits)
 
 
 _Single = Callable[[Outputs, dict[str, str]], dict[str, float]]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
@@ -21,16 +21,19 @@ from unsc_plugin.errors import ForgetSetError, RowOrderMismatch, UnknownName, ne
 from unsc_plugin.rows import Rows
 from unsc_plugin.spec import DataInfo, ForgetSpec, Scenario, canonical_json, derive
 
-Kind = Literal["instance", "class", "subclass", "sequence"]
+Kind = Literal["instance", "class", "subclass", "sequence", "correction"]
 SHORTHANDS = (
     "class:3,5  random:0.1  random:100  subclass:COLUMN=VALUE  file:PATH  indices:1,2,3  "
-    "sequence:random:16x8"
+    "sequence:random:16x8  correction"
 )
+VAL_FRACTION = 0.2
+"""Share of the training rows that a correction validates on where the data have no such rows."""
 
 _KINDS: dict[str, tuple[Kind, Scenario]] = {
     "class": ("class", Scenario.CLASS),
     "subclass": ("subclass", Scenario.SUBCLASS),
     "sequence": ("sequence", Scenario.SEQUENTIAL),
+    "correction": ("correction", Scenario.CORRECTION),
 }
 
 
@@ -42,6 +45,7 @@ class Request:
     all rows. `forget_index` and both hashes speak of positions in the original training split.
     `classes` are the classes that only forget rows have. In a sequence `steps` are its requests in
     order: the forget rows of a step are its own, its retain rows exclude those of all steps so far.
+    A correction has no forget rows; `val` are the positions that it takes for validation, if any.
     """
 
     spec: ForgetSpec
@@ -54,6 +58,7 @@ class Request:
     retain_sha256: str
     classes: tuple[int, ...]
     steps: tuple[Request, ...] = ()
+    val: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
 
     @property
     def n(self) -> int:
@@ -77,8 +82,9 @@ def parse(text: str) -> ForgetSpec:
     """Return the forget set that a shorthand describes; it needs no registry.
 
     `class:3,5`, `random:0.1` (a share), `random:100` (a number), `subclass:COLUMN=VALUE[,VALUE]`,
-    `file:PATH`, `indices:1,2,3`, `sequence:random:16x8` (8 disjoint requests of 16). A whole
-    forget set as one JSON object is read too.
+    `file:PATH`, `indices:1,2,3`, `sequence:random:16x8` (8 disjoint requests of 16), `correction`
+    or `correction:0.3` (nothing to forget; the share for validation). A whole forget set as one
+    JSON object is read too.
 
     >>> parse("random:0.1").fraction, parse("random:100").n, parse("class:3,5").classes
     (0.1, 100, (3, 5))
@@ -99,7 +105,10 @@ def parse(text: str) -> ForgetSpec:
         "file": lambda: {"kind": "index_file", "path": value},
         "subclass": lambda: {"kind": "subclass", **_sub_label(text, value)},
         "sequence": lambda: {"kind": "sequence", "steps": _steps(text, value)},
+        "correction": lambda: {"kind": "correction", "val_fraction": _number(text, value)},
     }
+    if text == "correction":
+        return ForgetSpec(kind="correction")
     if kind not in readers or not value:
         close = nearest(kind, readers)
         hint = f"did you mean {close[0]}:...?" if close and kind not in readers else SHORTHANDS
@@ -140,7 +149,7 @@ def _as_text(spec: ForgetSpec) -> str:
 
 
 def _named(text: str, registry_entries: Mapping[str, ForgetSpec]) -> ForgetSpec:
-    if ":" in text:
+    if ":" in text or text == "correction":
         return parse(text)
     name, at, value = text.partition("@")
     if name not in registry_entries:
@@ -213,6 +222,7 @@ def select(
     seed: int = 0,
     info: DataInfo,
     allow_foreign_order: bool = False,
+    has_val: bool = True,
 ) -> Request:
     """Return the rows of `train` that `spec` describes, and the rest.
 
@@ -223,6 +233,7 @@ def select(
             with a seed derived from it and t.
         info: the data set that `train` belongs to.
         allow_foreign_order: take an index list although it was made for another row order.
+        has_val: whether the data set has validation rows, which a correction then takes.
 
     Raises:
         ForgetSetError: an empty set, all rows, a class, column, value or index that the training
@@ -232,6 +243,8 @@ def select(
     if not len(train):
         raise ForgetSetError("expected training rows to choose from, got none")
     everything = np.ones(len(train), bool)
+    if spec.kind == "correction":
+        return _correction(spec, train, seed, has_val)
     if spec.kind != "sequence":
         forget = _positions(spec, train, everything, seed, info, allow_foreign_order)
         return _request(spec, train, forget, everything, ())
@@ -258,6 +271,38 @@ def select(
         free = free.copy()
         free[forget] = False
     return _request(spec, train, np.flatnonzero(~free), everything, tuple(steps))
+
+
+def _correction(spec: ForgetSpec, train: Rows, seed: int, has_val: bool) -> Request:
+    """Return a request that forgets nothing, with validation rows drawn from every cell.
+
+    Raises:
+        ForgetSetError: no row is left to train on.
+    """
+    val = np.empty(0, np.int64)
+    if spec.val_fraction is not None or not has_val:
+        labels = train.labels.numpy()
+        cells = labels if train.group is None else labels + train.group.numpy() * (labels.max() + 1)
+        generator = np.random.default_rng(derive(seed, "validation"))
+        share = VAL_FRACTION if spec.val_fraction is None else spec.val_fraction
+        val = stratified(cells, round(share * len(train)), generator)
+    retain = np.setdiff1d(np.arange(len(train)), val)
+    if not len(retain):
+        raise ForgetSetError(f"expected training rows beside {len(val)} for validation, got none")
+    index = train.index.numpy()
+    nothing = np.empty(0, np.int64)
+    return Request(
+        spec=spec,
+        kind="correction",
+        scenario=Scenario.CORRECTION,
+        forget=nothing,
+        retain=retain,
+        forget_index=nothing,
+        forget_sha256=split_sha256(nothing),
+        retain_sha256=split_sha256(index[retain]),
+        classes=(),
+        val=val,
+    )
 
 
 def _request(

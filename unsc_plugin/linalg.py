@@ -8,6 +8,8 @@ can be subtracted again. Everything is float64 and acts per group.
 Chen, Zhu, Yu, Zhou, *Machine Unlearning via Null Space Calibration* (IJCAI 2024, arXiv 2404.13588)
 use the subspaces; Saha, Garg, Roy, *Gradient Projection Memory for Continual Learning* (ICLR 2021,
 arXiv 2103.09762) the sequential merge.
+
+Also the quadratic and linear problems of per-sample weights in a box, whose rows are influences.
 """
 
 from __future__ import annotations
@@ -20,6 +22,14 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+
+from unsc_plugin._box_lp import attainable_fraction as attainable_fraction
+from unsc_plugin._box_lp import max_linear_under_box as max_linear_under_box
+from unsc_plugin._box_qp import BoxSolution as BoxSolution
+from unsc_plugin._box_qp import Case as Case
+from unsc_plugin._box_qp import Form as Form
+from unsc_plugin._box_qp import analytic_weights as analytic_weights
+from unsc_plugin._box_qp import solve_weight_qp as solve_weight_qp
 
 CHUNK = 8192
 """Columns per product: what is added in the columns' own precision before float64 takes over."""

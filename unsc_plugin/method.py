@@ -24,11 +24,14 @@ from typing import Any, ClassVar, Literal, final
 
 import torch
 from pydantic import TypeAdapter, ValidationError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from unsc_plugin.errors import (
     ArchitectureChanged,
     ConfigError,
+    DataError,
     DivergedError,
     ForgetSetError,
     FrozenChanged,
@@ -55,6 +58,7 @@ __all__ = [
     "Budget",
     "Context",
     "Loader",
+    "MethodRef",
     "Past",
     "Prepared",
     "Progress",
@@ -102,6 +106,18 @@ def option(
 @dataclass(frozen=True)
 class NoConfig:
     """The configuration of a method without settings."""
+
+
+@dataclass(frozen=True)
+class MethodRef:
+    """A registered method with settings of its own, as a setting of another method.
+
+    In files and on the command line a plain name stands for one without settings. Whoever makes the
+    outer method by name finds the instance in `parts`, under the name of the field.
+    """
+
+    method: str
+    set: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -161,6 +177,8 @@ def _typed(key: str, value: Any, hint: Any) -> Any:
         ConfigError: another type.
     """
     adapter = TypeAdapter(hint)
+    if hint is MethodRef and isinstance(value, str):
+        value = {"method": value}
     try:
         try:
             text = json.dumps(value)  # so that a list stands for a tuple and 1 for 1.0
@@ -234,11 +252,53 @@ class Weights:
         return bool(((self.eps == 0) | (self.eps == -1)).all())
 
     @property
+    def effective_n(self) -> float:
+        """Effective sample size (Σ a)² / Σ a² of the retained multiplicities (Kish 1965)."""
+        a = self.multiplicity
+        return float(a.sum() ** 2 / (a**2).sum()) if bool((a > 0).any()) else 0.0
+
+    def of(self, index: Tensor) -> Tensor:
+        """Return ε of the samples `index` int64 (B,), float64 (B,), on the device of `index`.
+
+        Raises:
+            DataError: an index outside the training set that ε is about.
+        """
+        wrong = index[(index < 0) | (index >= len(self.eps))]
+        if len(wrong):
+            raise DataError(
+                f"expected positions 0..{len(self.eps) - 1} of the training set, got "
+                f"{int(wrong[0])}; weights belong to the data they were made for"
+            )
+        return self.eps.double()[index.to(self.eps.device)].to(index.device)
+
+    def save(self, path: Path) -> None:
+        """Write ε to a safetensors file with its source and SHA-256 as metadata."""
+        metadata = {"source": self.source, "sha256": self.sha256}
+        save_file({"eps": self.eps.double().contiguous()}, path, metadata=metadata)
+
+    @classmethod
+    def load(cls, path: Path) -> Weights:
+        """Read what :meth:`save` wrote.
+
+        Raises:
+            DataError: no such file, or one that is not what was written.
+        """
+        try:
+            with safe_open(path, "pt") as file:
+                found = cls(file.get_tensor("eps"), file.metadata()["source"])
+                expected = file.metadata()["sha256"]
+        except (OSError, SafetensorError, KeyError, TypeError) as error:
+            raise DataError(f"{path}: expected saved weights ε, got {error}") from None
+        if found.sha256 != expected:
+            raise DataError(f"{path}: expected SHA-256 {expected}, found {found.sha256}")
+        return found
+
+    @property
     def sha256(self) -> str:
         """SHA-256 of ε as little-endian float64."""
         return hashlib.sha256(self.eps.double().numpy().astype("<f8").tobytes()).hexdigest()
 
-    def harden(self, threshold: float = 0.5) -> Weights:
+    def harden(self, threshold: float) -> Weights:
         """Return the set form S_f = {ε ≤ −threshold}, the explicit way out for set-only methods.
 
         Raises:
@@ -407,6 +467,7 @@ class UnlearningTask(Context):
             progress=progress,
         )
         self._rows = {Split.FORGET: forget, Split.RETAIN: retain, Split.VAL: val}
+        self._raised: Rows | None = None
         self._fresh, self._first, self._past = fresh_model, first_model, tuple(past)
         self._observer = observer
         self.num_classes, self.scenario, self.modality = num_classes, scenario, modality
@@ -419,6 +480,7 @@ class UnlearningTask(Context):
         self.prepared: Any = None
         self.stats: dict[str, Any] = {}
         self.targets: Tensor | None = None
+        self.handed_on: Weights | None = None
         self.read: dict[Split, int] = {}
         self.frozen: set[str] = set()
 
@@ -436,12 +498,16 @@ class UnlearningTask(Context):
             )
         keep, remove = weights.multiplicity[train.index], weights.removal[train.index]
         retain, forget = torch.nonzero(keep > 0)[:, 0], torch.nonzero(remove > 0)[:, 0]
-        return cls(
+        task = cls(
             forget=train.subset(forget).weighted(remove[forget]),
             retain=train.subset(retain).weighted(keep[retain]),
             weights=weights,
             **rest,
         )
+        raised = torch.nonzero(keep > 1)[:, 0]
+        if len(raised):
+            task._raised = train.subset(raised).weighted(1 - keep[raised])
+        return task
 
     # -- data
 
@@ -466,6 +532,20 @@ class UnlearningTask(Context):
             shuffle=train if shuffle is None else shuffle,
         )
         loader.on_batch = lambda batch: self._count(Split(split), int((batch.weight > 0).sum()))
+        return loader
+
+    def changed(self, *, batch_size: int | None = None) -> Loader:
+        """Open the samples whose weight changes: weight −ε, positive where it falls.
+
+        For sets, and where no weight rises, this is the forget loader to the bit.
+
+        Raises:
+            SplitAccessError: the method did not declare the forget split in `needs`.
+        """
+        loader = self.loader("forget", batch_size=batch_size)
+        if self._raised is not None:
+            loader.rows = loader.rows.merged(self._raised)
+            loader.on_batch = lambda batch: self._count(Split.FORGET, len(batch))
         return loader
 
     def loader_over(
@@ -580,6 +660,77 @@ class UnlearningTask(Context):
         finally:
             self._counter.forget(model)
 
+    def delegate(
+        self, method: UnlearningMethod, model: nn.Module, weights: Weights
+    ) -> tuple[nn.Module, dict[str, Any]]:
+        """Hand the request on to another method as weights ε; return its model and its stats.
+
+        The training rows of this task become the weighted streams of the other one: only splits
+        that the caller declared are opened. Steps, work and reads are added up here, and what is
+        left of the budget holds there.
+
+        Raises:
+            DivergedError: the other method diverged.
+            UnscError: it does not accept such a request.
+        """
+        self.handed_on = weights
+        before, rows = self._counter.samples, self.training_rows()
+        told, seen = self.progress, self._observer
+        scenario = Scenario.WEIGHTED if method.supports_weights else Scenario.RANDOM
+        task = UnlearningTask.from_weights(
+            rows,
+            weights,
+            val=self._rows[Split.VAL] if Split.VAL in self._needs else None,
+            num_classes=self.num_classes,
+            recipe=self.recipe,
+            fresh_model=self._fresh,
+            scenario=scenario,
+            modality=self.modality,
+            accelerator=self.accelerator,
+            budget=self._left(),
+            micro_batches=self.micro_batches,
+            progress=None if told is None else self._outside(told),
+            cache=self.cache,
+            data_fingerprint=self.data_fingerprint,
+            observer=None if seen is None else self._outside(seen),
+        )
+        result = method.unlearn(model, task, self.seed)
+        self._counter.samples = before + result.work
+        self.steps, self.epochs = self.steps + result.steps, self.epochs + result.epochs
+        self.losses += result.losses
+        self._count(Split.RETAIN, sum(result.read.get(s, 0) for s in (Split.FORGET, Split.RETAIN)))
+        if Split.VAL in result.read:
+            self._count(Split.VAL, result.read[Split.VAL])
+        if result.status == "diverged":
+            raise DivergedError(f"{method.name}: {result.reason}", step=self.steps)
+        self.stop_reason = "budget" if result.status == "budget" else self.stop_reason
+        return result.model.train(), dict(result.stats)
+
+    def training_rows(self) -> Rows:
+        """Open the retain set, and the forget set if there is one, in the order of the data."""
+        rows = self.rows("retain")
+        if self.size("forget"):
+            rows = rows.merged(self.rows("forget"))
+        return rows.subset(torch.argsort(rows.index)).weighted(torch.ones(len(rows)))
+
+    def _left(self) -> Budget:
+        """Return what is left of the budget, at least nothing."""
+        limit = self.budget
+        return Budget(
+            None if limit.steps is None else max(limit.steps - self.steps, 0),
+            None if limit.epochs is None else max(limit.epochs - self.epochs, 0),
+            None if limit.seconds is None else max(limit.seconds - self.clock.seconds, 0.0),
+        )
+
+    def _outside(self, call: Callable[..., None]) -> Callable[..., None]:
+        """Return `call`, outside of this task's clock."""
+
+        def called(*args: Any) -> None:
+            with self.clock.paused():
+                call(*args)
+
+        return called
+
     # -- the base's side
 
     @property
@@ -595,7 +746,7 @@ class UnlearningTask(Context):
         task.generator = torch.Generator().manual_seed(derive(seed, "method"))
         task.steps = task.epochs = 0
         task.losses, task.stats, task.read, task.frozen = [], {}, {}, set()
-        task.stop_reason = task.prepared = task.targets = None
+        task.stop_reason = task.prepared = task.targets = task.handed_on = None
         return task
 
     def counts(self, prepared: Prepared | None) -> tuple[int, dict[Split, int]]:
@@ -696,7 +847,8 @@ class Prepared:
 class Result:
     """An unlearned model and what it cost.
 
-    `targets` are the labels that a correction asked for, in the order of the forget rows.
+    `targets` are the labels that a correction asked for, in the order of the forget rows;
+    `weights` those that the method handed on to another one.
     `seconds_prepare` and `seconds_unlearn` leave callbacks out; `peak_bytes` is None where it
     cannot be read; `work` counts samples forwarded (× 3 with gradient). `status` is `ok`, `budget`
     (a limit ended the run) or `diverged` (then `model` is the original for inspection).
@@ -715,11 +867,13 @@ class Result:
     read: Mapping[Split, int]
     stats: Mapping[str, Any]
     targets: Tensor | None = None
+    weights: Weights | None = None
 
 
 class UnlearningMethod(abc.ABC):
     """Base of all methods; see the module's text. Class data say what a method is held to.
 
+    `parts` are the methods that settings of type :class:`MethodRef` name, made by the registry.
     `optional` lists splits of `needs` that may be missing or empty; `identity`: returns the model
     as it is; `deterministic`: the seed changes nothing; `control`: a negative control of boards;
     `expected_failures`: conformance checks that do not hold, with the reason.
@@ -738,6 +892,7 @@ class UnlearningMethod(abc.ABC):
 
     def __init__(self, **settings: Any) -> None:
         self.config = build_config(self.Config, settings)
+        self.parts: dict[str, UnlearningMethod] = {}
 
     @property
     def opens(self) -> frozenset[Split]:
@@ -839,6 +994,7 @@ class UnlearningMethod(abc.ABC):
             read=read,
             stats=guarded.stats,
             targets=guarded.targets,
+            weights=guarded.handed_on,
         )
 
     def _accept(self, task: UnlearningTask, seed: int) -> None:

@@ -27,7 +27,7 @@ from unsc_plugin._backbones.classifier import (
 from unsc_plugin._backbones.trial import seeded
 from unsc_plugin._backbones.weights import load_checkpoint, save_weights, state_sha256
 from unsc_plugin.errors import ConfigError, NotApplicable, UnknownName
-from unsc_plugin.spec import BackboneEntry, DataInfo, Modality, Strict, parse_yaml, read_yaml
+from unsc_plugin.spec import BackboneEntry, DataInfo, Modality, Strict, parse_settings, read_yaml
 
 __all__ = [
     "INPUT_KEYS",
@@ -136,12 +136,7 @@ def _config_name(rest: str) -> BackboneEntry:
     model_type, _, query = rest.partition("?")
     if model_type not in hf_models.config_types():
         raise UnknownName("hf-config model type", model_type, hf_models.config_types())
-    args = {}
-    for setting in filter(None, query.split("&")):
-        key, equals, value = setting.partition("=")
-        if not equals:
-            raise ConfigError(f"hf-config:{rest}: expected key=value after '?', got {setting!r}")
-        args[key] = parse_yaml(value, f"hf-config:{model_type}?{key}").tree
+    args = parse_settings(query, f"hf-config:{model_type}")
     modality = hf_models.modality_of(model_type)
     return BackboneEntry(source="hf-config", id=model_type, args=args, modality=modality)
 

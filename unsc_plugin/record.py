@@ -32,7 +32,7 @@ from pydantic import (
 
 from unsc_plugin.errors import RecordError
 
-Kind = Literal["instance", "class", "subclass", "sequence", "corrective", "weighted"]
+Kind = Literal["instance", "class", "subclass", "sequence", "corrective", "weighted", "correction"]
 Status = Literal["ok", "failed", "diverged", "cancelled"]
 
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+@=,-]*")
@@ -115,7 +115,8 @@ class Record(_Strict):
 
     `curves` is what the runner measured on the way, also of a run that diverged: `rounds`, one
     entry per request of a sequence, or `trajectory`, accuracies along the steps of a run that
-    forgets `k` instances. A record without curves is written without the field.
+    forgets `k` instances. `intervals` are bootstrap limits of some metrics. A record without curves
+    or intervals is written without the field.
     """
 
     schema_: Literal[1] = Field(default=1, alias="schema")
@@ -135,6 +136,7 @@ class Record(_Strict):
     hashes: dict[str, str] = Field(default_factory=dict)
     reference_hashes: list[str] = Field(default_factory=list)
     metrics: Numbers = Field(default_factory=dict)
+    intervals: dict[str, list[Finite]] = Field(default_factory=dict)
     reference: Numbers = Field(default_factory=dict)
     reference_std: Numbers = Field(default_factory=dict)
     missing: dict[str, str] = Field(default_factory=dict)
@@ -167,9 +169,10 @@ class Record(_Strict):
 
     @model_serializer(mode="wrap")
     def _as_before(self, plain: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Leave `curves` out where there are none, so that older records stay as they are."""
+        """Leave out what is newer where there is none, so that older records stay as they are."""
         tree: dict[str, Any] = plain(self)
-        return tree if self.curves else {k: v for k, v in tree.items() if k != "curves"}
+        newer = {"curves": self.curves, "intervals": self.intervals}
+        return {k: v for k, v in tree.items() if newer.get(k, True)}
 
     @property
     def key(self) -> tuple[str, str, int, int]:

@@ -189,9 +189,26 @@ class Registry:
         preset = named.entry.presets[tag].args if tag else {}
         kind = self.method_class(name)
         try:
-            return kind(**{**named.entry.defaults, **preset, **overrides})
+            return self.complete(kind(**{**named.entry.defaults, **preset, **overrides}))
         except ConfigError as error:
             raise ConfigError(f"method {name}: {error}") from None
+
+    def complete(self, method: UnlearningMethod) -> UnlearningMethod:
+        """Return the method with the parts that its settings name: registered methods.
+
+        Raises:
+            UnknownName: a part is not registered.
+            ConfigError: a method that is made of itself.
+        """
+        from unsc_plugin.method import MethodRef
+
+        for item in dataclasses.fields(method.config):
+            ref = getattr(method.config, item.name)
+            if isinstance(ref, MethodRef):
+                if self.method(ref.method)[0].name == method.name:
+                    raise ConfigError(f"{item.name}: expected another method, got {ref.method!r}")
+                method.parts[item.name] = self.create(ref.method, **ref.set)
+        return method
 
     def _raise_unknown(self, name: str) -> None:
         for row in self.broken:

@@ -31,8 +31,9 @@ class Batch:
     Shapes, with B rows: `inputs` holds `pixel_values` float in [0, 1] (B, C, H, W), or `input_ids`
     and `attention_mask` (B, T), or `features` (B, D); `labels` and `index` int64 (B,), `index` is
     the position in the original training set (test and validation rows count down from -1);
-    `group` int64 (B,) or None; `weight` float32 (B,). `total` is the sum of the weights of the
-    whole step over all processes: Σ w·loss / total, summed over processes, is the weighted mean.
+    `group` int64 (B,) or None; `weight` float32 (B,). `total` is the number of rows of the whole
+    step over all processes: Σ w·loss / total, summed over processes, is the mean of w·loss. It is
+    not Σ w, so that a step fades with its weights and weights of 1 change nothing.
     """
 
     inputs: dict[str, Tensor]
@@ -215,7 +216,7 @@ class Rows:
             self.labels[chosen],
             self.all_index[rows],
             weight,
-            float(weight.double().sum()) if total is None else total,
+            float(len(weight)) if total is None else total,
             None if self.all_group is None else self.all_group[rows],
         )
         return batch if device.type == "cpu" else batch.to(device)
@@ -228,11 +229,10 @@ def _chosen(positions: Positions) -> Tensor:
 
 @dataclass(frozen=True)
 class _Share:
-    """One process's part of one step: its positions, the step's size and total weight."""
+    """One process's part of one step: its positions, and the size of the step."""
 
     positions: Tensor
     size: int
-    total: float
     borrowed: bool
 
 
@@ -247,7 +247,7 @@ class _Fetch(Dataset[Batch]):
 
     def __getitem__(self, step: int) -> Batch:
         share = self.plan[step]
-        return self.rows.gather(share.positions, share.total)
+        return self.rows.gather(share.positions, float(share.size))
 
 
 class Loader:
@@ -329,9 +329,8 @@ class Loader:
         for start, stop in itertools.pairwise(borders):
             whole = order[start:stop]
             mine = whole[self.rank :: self.world]
-            total = float(self.rows.weight[whole].double().sum())
             borrowed = len(mine) == 0
-            plan.append(_Share(whole[:1] if borrowed else mine, len(whole), total, borrowed))
+            plan.append(_Share(whole[:1] if borrowed else mine, len(whole), borrowed))
         return plan
 
     def _borders(self) -> list[int]:

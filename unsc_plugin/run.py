@@ -32,7 +32,14 @@ from unsc_plugin.data import Splits
 from unsc_plugin.errors import ConfigError, DivergedError, UnscError
 from unsc_plugin.evaluation import GROUPS, Evaluation, Frame, Outputs
 from unsc_plugin.forget import Request
-from unsc_plugin.method import Budget, Progress, Result, UnlearningMethod, UnlearningTask
+from unsc_plugin.method import (
+    Budget,
+    Progress,
+    Result,
+    UnlearningMethod,
+    UnlearningTask,
+    Weights,
+)
 from unsc_plugin.pool import Member, Pool, default_root, device_name
 from unsc_plugin.record import Record
 from unsc_plugin.registry import Registry
@@ -98,6 +105,7 @@ class Setting:
                 seed=derive(self.seed, "draw", draw),
                 info=self.splits.info,
                 allow_foreign_order=self.allow_foreign_order,
+                has_val=len(self.splits.val) > 0,
             )
         return self._requests[draw]
 
@@ -143,11 +151,31 @@ class Setting:
             "initial": state_sha256(self.build(0)) if self.pretrained else None,
         }
 
-    def original(self, train_seed: int) -> Member:
-        """Return the original model of a train seed, trained on all of D unless it is cached."""
+    def original(self, train_seed: int, draw: int = 0) -> Member:
+        """Return the original model of a train seed, trained on all of D unless it is cached.
+
+        A correction that took validation rows from D has an original of its own for every draw.
+        """
+        rows, val = self.splits.train, self.request(draw).val
+        if len(val):
+            rows = rows.subset(self.request(draw).retain)
         return self._trained(
-            f"original {train_seed}", self.splits.train, derive(self.seed, "original", train_seed)
+            f"original {train_seed}", rows, derive(self.seed, "original", train_seed)
         )
+
+    def oracle(self, unit: Unit, weights: Weights) -> list[tuple[Member, Outputs]]:
+        """Return the model retrained with the weights of a unit, and its outputs."""
+        rows = self.splits.train.subset(self.request(unit.draw).retain)
+        a = weights.multiplicity[rows.index]
+        kept = torch.nonzero(a > 0)[:, 0]
+        member = self._trained(
+            "oracle",
+            rows.subset(kept).weighted(a[kept]),
+            derive(self.seed, "unlearn", unit.draw, unit.train_seed),
+        )
+        seed = derive(self.seed, "eval", unit.draw, unit.train_seed)
+        outputs = self.pool.outputs(member, self.frame(unit.draw), self.build, relearn_seed=seed)
+        return [(member, outputs)]
 
     def references(self, draw: int) -> list[tuple[Member, Outputs]]:
         """Return the retrained pool R_A of a draw with its outputs, read once per draw."""
@@ -173,8 +201,9 @@ class Setting:
         `more` is what a sequence (`first_model`, `past`) or a trajectory (`observer`) adds.
         """
         train, val = self.splits.train, self.splits.val
+        val = train.subset(request.val) if len(request.val) else val
         return UnlearningTask(
-            forget=train.subset(request.forget),
+            forget=train.subset(request.forget) if request.n else None,
             retain=train.subset(request.retain),
             val=val if len(val) else None,
             num_classes=self.splits.info.num_classes,
@@ -342,11 +371,12 @@ class Unit:
 
 @dataclass(frozen=True)
 class Finished:
-    """A unit's record, and its model and outputs where there are any."""
+    """A unit's record, and its model, outputs and per-sample weights where there are any."""
 
     record: Record
     model: nn.Module | None = None
     outputs: Outputs | None = None
+    weights: Weights | None = None
 
 
 def run_unit(setting: Setting, unit: Unit, *, catch: bool = True) -> Finished:
@@ -376,7 +406,7 @@ def diagnose(setting: Setting, unit: Unit, method: UnlearningMethod) -> dict[str
         UnscError: the method has none, or does not accept the request.
     """
     request = setting.request(unit.draw)
-    original = setting.original(unit.train_seed).load_into(setting.build(0))
+    original = setting.original(unit.train_seed, unit.draw).load_into(setting.build(0))
     if setting.pool.device is not None:
         original = original.to(setting.pool.device.device)
     task = setting.task(request.steps[0] if request.steps else request, None)
@@ -386,12 +416,12 @@ def diagnose(setting: Setting, unit: Unit, method: UnlearningMethod) -> dict[str
 def _run(setting: Setting, unit: Unit) -> Finished:
     request, frame = setting.request(unit.draw), setting.frame(unit.draw)
     method = setting.registry.create(unit.entry.method, **unit.entry.set)
-    member = setting.original(unit.train_seed)
+    member = setting.original(unit.train_seed, unit.draw)
     original = member.load_into(setting.build(0))
     if setting.pool.device is not None:
         original = original.to(setting.pool.device.device)
     result, curves = _unlearn(setting, unit, method, original, request)
-    references = setting.references(unit.draw) if setting.with_reference else []
+    references = _references(setting, unit, result)
     measured = original, member, references
     recorded = partial(_record, setting, unit, result=result, measured=measured, curves=curves)
     if result.status == "diverged":
@@ -405,14 +435,24 @@ def _run(setting: Setting, unit: Unit) -> Finished:
     except DivergedError as error:
         return Finished(recorded("diverged", reason=str(error)))
     numbers = _evaluate(setting, outputs, unit, measured)
-    return Finished(recorded("ok", numbers=numbers), result.model, outputs)
+    return Finished(recorded("ok", numbers=numbers), result.model, outputs, result.weights)
+
+
+def _references(setting: Setting, unit: Unit, result: Result) -> list[tuple[Member, Outputs]]:
+    """Return what a unit is compared with: the retrained pool, of a correction its oracle."""
+    if setting.request(unit.draw).kind != "correction":
+        return setting.references(unit.draw) if setting.with_reference else []
+    wanted = setting.with_reference and setting.frame(unit.draw).correction.oracle
+    if result.weights is None or result.status == "diverged" or not wanted:
+        return []
+    return setting.oracle(unit, result.weights)
 
 
 def evaluate_original(setting: Setting, unit: Unit) -> Evaluation:
     """Return the numbers of the original model on the unit's frame, for comparison in a table."""
     relearn_seed = derive(setting.seed, "eval", unit.draw, unit.train_seed)
     outputs = setting.pool.outputs(
-        setting.original(unit.train_seed),
+        setting.original(unit.train_seed, unit.draw),
         setting.frame(unit.draw),
         setting.build,
         relearn_seed=relearn_seed,
@@ -422,11 +462,13 @@ def evaluate_original(setting: Setting, unit: Unit) -> Evaluation:
 
 def evaluate_outputs(setting: Setting, unit: Unit, outputs: Outputs) -> Evaluation:
     """Return the numbers of kept outputs of a unit, against the pool of its draw."""
-    member = setting.original(unit.train_seed)
+    member = setting.original(unit.train_seed, unit.draw)
     model = member.load_into(setting.build(0))
     if setting.pool.device is not None:
         model = model.to(setting.pool.device.device)
-    references = setting.references(unit.draw) if setting.with_reference else []
+    references = []
+    if setting.with_reference and setting.request(unit.draw).kind != "correction":
+        references = setting.references(unit.draw)
     return _evaluate(setting, outputs, unit, (model, member, references))
 
 
@@ -438,7 +480,7 @@ def hashes_of(setting: Setting, unit: Unit) -> dict[str, str]:
         "labels": setting.splits.info.labels_sha256,
         "forget": request.forget_sha256,
         "retain": request.retain_sha256,
-        "original": setting.original(unit.train_seed).meta["sha256"],
+        "original": setting.original(unit.train_seed, unit.draw).meta["sha256"],
     }
 
 
@@ -522,7 +564,7 @@ def _evaluate(setting: Setting, outputs: Outputs, unit: Unit, measured: Measured
         setting.frame(unit.draw),
         original_test_accuracy=(
             setting.original_test_accuracy(member, original)
-            if "mubench" in setting.groups
+            if "mubench" in setting.groups and setting.request(unit.draw).n
             else None
         ),
         mubench_method=mubench,
@@ -579,7 +621,8 @@ def _record(
     references = measured[2] if measured else []
     cost = _cost(result, references, setting) if result else {}
     metrics = dict(numbers.metrics) if numbers else {}
-    if result and "mubench" in setting.groups and status == "ok":
+    by_sets = request.kind != "correction"
+    if result and by_sets and "mubench" in setting.groups and status == "ok":
         metrics["mubench.unlearn_time"] = result.seconds_prepare + result.seconds_unlearn
     hashes = hashes_of(setting, unit) if measured else {}
     if measured and setting.reference is not None:
@@ -604,6 +647,7 @@ def _record(
         hashes=hashes,
         reference_hashes=[member.meta["sha256"] for member, _ in references],
         metrics=metrics,
+        intervals={k: list(ends) for k, ends in numbers.intervals.items()} if numbers else {},
         reference=dict(numbers.reference) if numbers else {},
         reference_std=dict(numbers.reference_std) if numbers else {},
         missing=dict(numbers.missing) if numbers else {},
@@ -743,6 +787,8 @@ def run_id(method: str, data_name: str, model: str, forget_text: str, seed: int)
 def write_run(finished: Finished, folder: Path) -> Path:
     """Write `record.json`, `outputs.safetensors` and `model.safetensors`; all appear at once.
 
+    A correction by weights also leaves them there, as `weights.safetensors`.
+
     Raises:
         ConfigError: the folder exists.
     """
@@ -758,6 +804,8 @@ def write_run(finished: Finished, folder: Path) -> Path:
             finished.outputs.save(scratch / "outputs.safetensors")
         if finished.model is not None:
             models.save_weights(finished.model, scratch / "model.safetensors")
+        if finished.weights is not None:
+            finished.weights.save(scratch / "weights.safetensors")
         (scratch / "record.json").write_text(record.dumps(finished.record), encoding="utf-8")
         scratch.chmod(0o755)  # made private by mkdtemp
         os.replace(scratch, folder)

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch._C import _functorch as functorch  # public torch does not tell how many rows vmap holds
 
 
 @contextlib.contextmanager
@@ -121,6 +122,20 @@ class Clock:
             self._out += time.perf_counter() - began
 
 
+def rows_of(batch: Tensor) -> int:
+    """Return the number of rows of a batch, those of all rows that `vmap` sends through at once.
+
+    Inside `torch.func.vmap` a tensor has the shape of one row of what it stands for.
+    """
+    count = len(batch)
+    while functorch.is_functorch_wrapped_tensor(batch):
+        whole = functorch.get_unwrapped(batch)
+        if functorch.is_batchedtensor(batch):
+            count *= whole.shape[functorch.maybe_get_bdim(batch)]
+        batch = whole
+    return count
+
+
 class WorkCounter:
     """Counts samples forwarded: without gradient × 1, with gradient × 3.
 
@@ -137,7 +152,7 @@ class WorkCounter:
         ) -> None:
             tensors = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)]
             if tensors and not self._paused:
-                self.samples += len(tensors[0]) * (3 if torch.is_grad_enabled() else 1)
+                self.samples += rows_of(tensors[0]) * (3 if torch.is_grad_enabled() else 1)
 
         self._hook = count
 

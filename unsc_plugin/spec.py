@@ -260,6 +260,24 @@ def parse_yaml(text: str, source: str) -> Document:
     return Document(source, tree, lines)
 
 
+def parse_settings(query: str, name: str) -> dict[str, Any]:
+    """Return what stands behind the `?` of a name, `key=value&key=value`, as YAML values.
+
+    Raises:
+        ConfigError: a part without `=`, or a value that is no YAML.
+
+    >>> parse_settings("layers=1&act=gelu", "bert")
+    {'layers': 1, 'act': 'gelu'}
+    """
+    found = {}
+    for setting in filter(None, query.split("&")):
+        key, equals, value = setting.partition("=")
+        if not equals:
+            raise ConfigError(f"{name}?{query}: expected key=value after '?', got {setting!r}")
+        found[key] = parse_yaml(value, f"{name}?{key}").tree
+    return found
+
+
 def _walk(node: yaml.Node, path: Path_, lines: dict[Path_, int], source: str) -> None:
     lines.setdefault(path, node.start_mark.line + 1)
     if isinstance(node, yaml.SequenceNode):
@@ -391,14 +409,60 @@ class BackboneEntry(Strict):
     recipe: Recipe | None = None
 
 
+class GroupRule(Strict):
+    """One named group: rows of one of the `values`, or with low ≤ value < high, or the `rest`."""
+
+    name: str = Field(min_length=1)
+    values: tuple[str | int | float, ...] = ()
+    low: float | None = None
+    high: float | None = None
+    rest: bool = False
+
+    @model_validator(mode="after")
+    def _one_rule(self) -> GroupRule:
+        ranged = self.low is not None or self.high is not None
+        if bool(self.values) + ranged + self.rest != 1:
+            raise ValueError(f"group {self.name!r} needs one of values, low/high, rest: true")
+        if self.low is not None and self.high is not None and self.low >= self.high:
+            raise ValueError(f"group {self.name!r} needs low < high")
+        return self
+
+
 class Columns(Strict):
-    """Which columns hold what. Tables: `input` empty means all columns that are left over."""
+    """Which columns hold what. Tables: `input` empty means all columns that are left over.
+
+    `group` names the column that says who a row is about (it may be a feature too). Groups are its
+    values in sorted order or, where `groups` is given, those named groups: a group's code is its
+    place in the list, 1 the privileged one by convention, and a row in none of them has code -1.
+    """
 
     input: str | tuple[str, ...] = ()
     label: str = "label"
     group: str | None = None
+    groups: tuple[GroupRule, ...] = ()
     sub_labels: tuple[str, ...] = ()
     drop: tuple[str, ...] = ()
+
+    @model_validator(mode="after")
+    def _distinct_groups(self) -> Columns:
+        if self.groups and self.group is None:
+            raise ValueError("groups needs group, the column that they are made of")
+        if len(self.groups) == 1:
+            raise ValueError("groups needs at least two groups to compare")
+        values = [value for rule in self.groups for value in rule.values]
+        for what, names in (("name", [rule.name for rule in self.groups]), ("value", values)):
+            twice = [name for at, name in enumerate(names) if name in names[:at]]
+            if twice:
+                raise ValueError(f"two groups have the {what} {twice[0]!r}")
+        if sum(rule.rest for rule in self.groups) > 1:
+            raise ValueError("only one group can be the rest")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _as_before(self, plain: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave `groups` out where there are none, so that older data keep their keys."""
+        tree: dict[str, Any] = plain(self)
+        return tree if self.groups else {k: v for k, v in tree.items() if k != "groups"}
 
 
 class DatasetEntry(Strict):
@@ -439,10 +503,22 @@ class DatasetEntry(Strict):
 
 
 class ForgetSpec(Strict):
-    """Which training samples are to be forgotten; the fields that matter depend on `kind`."""
+    """Which training samples are to be forgotten; the fields that matter depend on `kind`.
+
+    A `correction` names none: the goal of the method is the request. It takes the share
+    `val_fraction` of every (label, group) cell of the training rows as validation rows, anew for
+    every draw; without the field those of the data set, or 0.2 where it has none.
+    """
 
     kind: Literal[
-        "class", "subclass", "random", "index_file", "indices", "index_prefix", "sequence"
+        "class",
+        "subclass",
+        "random",
+        "index_file",
+        "indices",
+        "index_prefix",
+        "sequence",
+        "correction",
     ]
     data: str | None = None
     scenario: Scenario | None = None
@@ -460,6 +536,7 @@ class ForgetSpec(Strict):
     unit: Literal["percent_of_10"] | None = None
     row_order: str | None = None
     steps: tuple[str, ...] = ()
+    val_fraction: float | None = Field(None, gt=0, lt=1)
 
     @model_validator(mode="after")
     def _complete(self) -> ForgetSpec:
@@ -474,6 +551,8 @@ class ForgetSpec(Strict):
         lacking = [name for name in required if not getattr(self, name)]
         if lacking:
             raise ValueError(f"kind {self.kind} needs {' and '.join(lacking)}")
+        if self.val_fraction is not None and self.kind != "correction":
+            raise ValueError(f"kind {self.kind} takes no val_fraction")
         if self.kind == "random" and (self.fraction is None) == (self.n is None):
             raise ValueError("kind random needs exactly one of fraction and n")
         return self
@@ -525,11 +604,36 @@ class MiaSpec(Strict):
     fpr: float = Field(0.01, gt=0, lt=1)
 
 
+class AttackSpec(Strict):
+    """The adaptive attack of a measurement: PGD on the test rows, in the units of the inputs."""
+
+    norm: Literal["linf", "l2"] = "linf"
+    budget: float = Field(0.1, gt=0)
+    steps: int = Field(50, ge=1)
+    starts: int = Field(5, ge=1)
+
+
+class CorrectionSpec(Strict):
+    """What corrections are measured by: groups, robustness, and the distance to the oracle.
+
+    `metric` is what the board compares at equal values of. `oracle` retrains the model with the
+    weights of a plan, so that a method that honours weights has something to be close to.
+    """
+
+    metric: Literal["dp_soft", "dp_diff", "eop_soft", "eop_diff", "eo_diff", "robust_nll"] = (
+        "dp_soft"
+    )
+    positive_class: int | None = Field(None, ge=0)
+    attack: AttackSpec | None = None
+    oracle: bool = True
+
+
 class EvaluationSpec(Strict):
     """The block `evaluation` of a board.
 
     `trajectory` keeps accuracies along the steps of every run that is no sequence, for comparison
     at equal forgetting. It changes no result; `peak_bytes` then counts the predictions made for it.
+    `correction` says how requests that name a goal and no forget set are measured.
     """
 
     tier: Literal["default"] = "default"
@@ -549,12 +653,14 @@ class EvaluationSpec(Strict):
         default_factory=dict
     )
     trajectory: bool = False
+    correction: CorrectionSpec | None = None
 
     @model_serializer(mode="wrap")
     def _as_before(self, plain: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Leave `trajectory` out where it is off, so that older boards keep keys and records."""
+        """Leave out what is newer where it is off, so that older boards keep keys and records."""
         tree: dict[str, Any] = plain(self)
-        return tree if self.trajectory else {k: v for k, v in tree.items() if k != "trajectory"}
+        newer = {"trajectory": self.trajectory, "correction": self.correction is not None}
+        return {k: v for k, v in tree.items() if newer.get(k, True)}
 
 
 class ScenarioSpec(Strict):
@@ -569,17 +675,47 @@ class ScenarioSpec(Strict):
 
 
 class EntrySpec(Strict):
-    """One row of a board: a method, possibly with settings of its own."""
+    """One row of a board: a method, possibly with settings of its own.
+
+    `sweep` names one setting and its values: the entry becomes one per value, called
+    `<label>@<value>`, which together are a curve.
+    """
 
     method: str
-    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_.-]*$")] | None = None
+    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_.@-]*$")] | None = None
     set: dict[str, Any] = Field(default_factory=dict)
+    sweep: dict[str, tuple[float, ...]] = Field(default_factory=dict, max_length=1)
     track: Literal["default", "budgeted", "oracle"] = "default"
+
+    @model_validator(mode="after")
+    def _one_sweep(self) -> EntrySpec:
+        for key, values in self.sweep.items():
+            if not values or len(set(values)) < len(values):
+                raise ValueError(f"sweep.{key}: expected different values, got {list(values)}")
+            if key in self.set:
+                raise ValueError(f"{key} is in set and in sweep; give it once")
+        return self
 
     @property
     def label(self) -> str:
         """The name under which the entry is recorded."""
         return self.name or self.method
+
+    @property
+    def swept(self) -> tuple[EntrySpec, ...]:
+        """The entry itself, or one per value of its sweep."""
+        if not self.sweep:
+            return (self,)
+        [(key, values)] = self.sweep.items()
+        return tuple(
+            EntrySpec(
+                method=self.method,
+                name=f"{self.label}@{value:g}",
+                set={**self.set, key: value},
+                track=self.track,
+            )
+            for value in values
+        )
 
 
 class BoardSpec(Strict):
@@ -613,10 +749,9 @@ class BoardSpec(Strict):
 
     @property
     def rows(self) -> tuple[EntrySpec, ...]:
-        """The entries as :class:`EntrySpec`, in file order."""
-        return tuple(
-            EntrySpec(method=entry) if isinstance(entry, str) else entry for entry in self.entries
-        )
+        """The entries as :class:`EntrySpec` in file order, one for every value of a sweep."""
+        given = (EntrySpec(method=one) if isinstance(one, str) else one for one in self.entries)
+        return tuple(entry for one in given for entry in one.swept)
 
 
 class Experiment(Strict):

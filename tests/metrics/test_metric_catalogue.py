@@ -6,7 +6,7 @@ from unsc_plugin.metrics._catalogue import DIRECTIONS, KINDS
 
 NEEDS = {
     "forget", "retain", "test", "nonmembers", "features", "relearn", "original", "pool", "cost",
-    "retrain_cost", "board",
+    "retrain_cost", "board", "groups", "attack",
 }  # fmt: skip
 EXPECTED = [
     "acc_forget", "acc_retain", "acc_test", "acc_test_retained", "acc_test_forgotten",
@@ -17,7 +17,11 @@ EXPECTED = [
     "gap_probe5", "seconds_prepare", "seconds_unlearn", "peak_bytes", "work", "work_ratio",
     "time_ratio", "mubench.dt_accuracy", "mubench.df_accuracy", "mubench.dr_accuracy",
     "mubench.knowledge_gap", "mubench.zrf", "mubench.unlearn_overall_accuracy",
-    "mubench.overall_v1", "mubench.unlearn_time", "S", "a_J", "a_P", "a_L", "a_H", "a_C", "u",
+    "mubench.overall_v1", "mubench.unlearn_time", "acc", "nll", "nll_prior",
+    "dp_soft", "dp_diff", "dp_ratio",
+    "eop_soft", "eop_diff", "eo_diff", "worst_group_acc", "group_acc_gap", "robust_acc",
+    "robust_nll", "oracle_js", "oracle_agree", "oracle_gap_diff", "S", "a_J", "a_P", "a_L", "a_H",
+    "a_C", "u",
 ]  # fmt: skip
 
 

@@ -9,13 +9,19 @@ from unsc_plugin._board import curve_sheets
 from unsc_plugin._board.cells import DASH, DOWN, UP, Column, Sheet
 from unsc_plugin._board.cells import decimals as _decimals
 from unsc_plugin._board.cells import number as _number
-from unsc_plugin._board.standings import Row, ScenarioResult, Standings
+from unsc_plugin._board.standings import Problem, Row, ScenarioResult, Standings
 from unsc_plugin._board.study import Summary, Value
 from unsc_plugin.metrics import _stats as stats
 from unsc_plugin.metrics import score as scoring
 
 MUBENCH = "mubench."
 WILCOXON_FROM = 6
+INTRO = (
+    "S is 1 for a retrained model and about 0.01 for the original: it multiplies how close "
+    "forgetting comes to retraining (geometric mean of the components a) with the kept utility u. "
+    "Values in brackets after a gap are the floor: retrained models measured against other "
+    "retrained models. A dash is a number that was not measured."
+)
 TO_RETRAIN, TO_FLOOR = "closer to retrain is better", "lower is better, down to the floor"
 
 
@@ -31,7 +37,7 @@ def sheets(board: Standings) -> tuple[Sheet, ...]:
     made += [_scenario_sheet(board, result) for result in board.scenarios]
     made.append(_cost_sheet(board))
     made += [_certificate_sheet(board)] if board.certificates else []
-    return (*made, *problem_sheets(board))
+    return (*made, *problem_sheets(board.problems))
 
 
 def unranked_sheets(board: Standings) -> list[Sheet]:
@@ -468,14 +474,12 @@ def _range(values: Sequence[int]) -> str:
     return f"{low}" if low == high else f"{low} to {high}"
 
 
-def problem_sheets(board: Standings) -> list[Sheet]:
+def problem_sheets(problems: Sequence[Problem]) -> list[Sheet]:
     """Failed, diverged and cancelled runs with their reasons."""
     columns = tuple(
         Column(name, text=True) for name in ("scenario", "entry", "units", "status", "reason")
     )
-    rows = tuple(
-        (p.scenario, p.entry, ", ".join(p.units), p.status, p.reason) for p in board.problems
-    )
+    rows = tuple((p.scenario, p.entry, ", ".join(p.units), p.status, p.reason) for p in problems)
     return [Sheet("Runs without a result", columns, rows)] if rows else []
 
 

@@ -166,7 +166,7 @@ class _Builder:
     def __init__(self, records: Sequence[Record], board: BoardSummary) -> None:
         self.board = board
         self.records = sorted(records, key=lambda record: record.key)
-        grids = _grids(self.records, board)
+        grids = by_unit(self.records, board)
         self.studies = [
             Study(s, grids[s.name], board.train_seeds, board.draws) for s in board.scenarios
         ]
@@ -211,7 +211,7 @@ class _Builder:
             matched=tuple(found for found in at_equal if found is not None),
             drift=tuple(found for found in drifts if found is not None),
             scenarios=tuple(_reordered(result, order) for result in results),
-            problems=tuple(_problems(self.records)),
+            problems=tuple(problems_of(self.records)),
             retrain_seconds={s.scenario.name: s.retrain_seconds() for s in self.studies},
             retrained_values=self._retrained_values(),
         )
@@ -401,7 +401,7 @@ class _Builder:
         return result
 
 
-def _grids(
+def by_unit(
     records: Sequence[Record], board: BoardSummary
 ) -> dict[str, dict[str, dict[UnitId, Record]]]:
     grids: dict[str, dict[str, dict[UnitId, Record]]] = {s.name: {} for s in board.scenarios}
@@ -493,7 +493,7 @@ def _pool_differs(record: Record, retrain: Record) -> bool:
     return record.status == "ok" and set(record.reference_hashes) != set(retrain.reference_hashes)
 
 
-def _problems(records: Sequence[Record]) -> list[Problem]:
+def problems_of(records: Sequence[Record]) -> list[Problem]:
     """Runs without a result, those of one cause together."""
     groups: dict[tuple[str, str, str, str], list[str]] = {}
     for record in records:

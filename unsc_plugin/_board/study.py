@@ -42,7 +42,10 @@ class ScenarioSummary(NamedTuple):
 
 @dataclass(frozen=True)
 class BoardSummary:
-    """What the leaderboard must know of a board file. Units are s < train_seeds, d < draws."""
+    """What the leaderboard must know of a board file. Units are s < train_seeds, d < draws.
+
+    `criterion` is the metric that corrections are compared at equal values of.
+    """
 
     name: str
     title: str
@@ -60,6 +63,7 @@ class BoardSummary:
     cost_gate: float = 0.2
     weights: Mapping[str, float] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    criterion: str | None = None
 
 
 @dataclass(frozen=True)

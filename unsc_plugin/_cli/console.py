@@ -6,10 +6,16 @@ import json
 import os
 import re
 import sys
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from rich import box
 from rich.console import Console, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+ABSENT = "–"
 
 _CONTROL = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|[\x00-\x08\x0b-\x1f\x7f]")
 
@@ -71,3 +77,18 @@ def say(message: str) -> None:
 def complain(message: str) -> None:
     """Print text to stderr, without control characters that a foreign file brought in."""
     err.print(_CONTROL.sub("", message), markup=False, highlight=False, soft_wrap=True)
+
+
+def grid(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
+    """Return a table of plain texts; columns named `>name` hold numbers."""
+    table = Table(
+        title=title or None, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0)
+    )
+    for column in columns:
+        number = column.startswith(">")
+        table.add_column(
+            column.removeprefix(">"), justify="right" if number else "left", overflow="fold"
+        )
+    for row in rows:
+        table.add_row(*(Text(cell) for cell in row))
+    return table

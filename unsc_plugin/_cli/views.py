@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from rich import box
 from rich.table import Table
-from rich.text import Text
 
-from unsc_plugin._cli.console import complain, line, show
+from unsc_plugin._cli.console import ABSENT, complain, grid, line, show
+from unsc_plugin._cli.corrections import show_correction
 
 if TYPE_CHECKING:
     from unsc_plugin.evaluation import Evaluation
     from unsc_plugin.record import Record
     from unsc_plugin.registry import Named, Registry
 
-ABSENT = "–"
 BETTER = {"up": "higher", "down": "lower", "retrain": "as retrained", "zero": "near 0"}
 DIGITS = {"pp": 2, "bits": 4, "s": 2, "bytes": 0, "sample passes": 0}
 """Digits after the point of the units that are shown; shares and scores are bare, with four."""
@@ -36,21 +34,6 @@ REQUESTS = {
     "correction": "--data digits-noisy --forget digits-noisy/mislabelled",
 }
 """A forget set of every scenario, the commonest first: what an example is written with."""
-
-
-def grid(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
-    """Return a table of plain texts; columns named `>name` hold numbers."""
-    table = Table(
-        title=title or None, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0)
-    )
-    for column in columns:
-        number = column.startswith(">")
-        table.add_column(
-            column.removeprefix(">"), justify="right" if number else "left", overflow="fold"
-        )
-    for row in rows:
-        table.add_row(*(Text(cell) for cell in row))
-    return table
 
 
 def pairs(title: str, tree: Mapping[str, Any]) -> Table:
@@ -307,6 +290,7 @@ def show_record(found: Record) -> None:
     show(pairs(found.entry, receipt))
     show_numbers(found, None)
     show_curves(found)
+    show_correction(found)
     show_notes(found.stats)
 
 
@@ -326,7 +310,7 @@ def show_numbers(found: Record, original: Evaluation | None) -> None:
         label = f"{name} [{unit}]" if unit in DIGITS else name
         better = BETTER[spec.direction].removeprefix("as ") if spec else ""
         rows.append((label, *cells, better))
-    columns = ["metric", ">original", ">unlearned", ">retrained", ">gap", "better"]
+    columns = ["metric", ">original", ">unlearned", f">{_yardstick(found)}", ">gap", "better"]
     if original is None:
         columns.pop(1)
         rows = [(row[0], *row[2:]) for row in rows]
@@ -341,6 +325,10 @@ def show_numbers(found: Record, original: Evaluation | None) -> None:
         line(f"not measured: {', '.join(names)}: {reason}")
 
 
+def _yardstick(found: Record) -> str:
+    return "oracle" if found.kind == "correction" else "retrained"
+
+
 def _number(value: float | None, unit: str, sign: bool = False) -> str:
     if value is None:
         return ABSENT
@@ -352,8 +340,9 @@ def show_run(found: Record, original: Evaluation | None, folder: Any) -> None:
     """Print the numbers of a finished run, what it cost and where it lies."""
     show_numbers(found, original)
     show_curves(found)
+    show_correction(found)
     show_notes(found.stats)
-    gap = "gap: unlearned minus retrained; " if found.reference else ""
+    gap = f"gap: unlearned minus {_yardstick(found)}; " if found.reference else ""
     spent = found.cost.get("seconds_prepare", 0.0) + found.cost.get("seconds_unlearn", 0.0)
     ratio = found.cost.get("work_ratio")
     of = "" if ratio is None else f", {ratio:.3f} of retraining's work"

@@ -1,4 +1,4 @@
-"""Splits on their way: labels as 0..K-1, validation and test carved, noise, groups.
+"""Splits on their way: labels as 0..K-1, validation and test carved, noise.
 
 All draws have fixed seeds, so that every run on a data set sees the same rows.
 """
@@ -11,14 +11,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-import torch
 
 from unsc_plugin._data.sources import Part
 from unsc_plugin.errors import DataError
 from unsc_plugin.spec import DatasetEntry, derive
 
 TEST_INDEX = 10**9
-MAX_GROUPS = 20
 MISLABELLED = "mislabelled"
 
 
@@ -53,23 +51,33 @@ def stratified(labels: np.ndarray, count: int, generator: np.random.Generator) -
 
 @dataclass(frozen=True)
 class Piece:
-    """A split on its way: what the source holds, labels as 0..K-1, positions in the source."""
+    """A split on its way: what the source holds, labels as 0..K-1, positions, group codes."""
 
     part: Part
     labels: np.ndarray
     index: np.ndarray
+    group: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def take(self, at: np.ndarray) -> Piece:
         """Return the rows at `at`, in that order."""
-        return Piece(self.part.take(at), self.labels[at], self.index[at])
+        group = None if self.group is None else self.group[at]
+        return Piece(self.part.take(at), self.labels[at], self.index[at], group)
+
+    @property
+    def strata(self) -> np.ndarray:
+        """One number per label, or per (label, group) cell; rows of no group are cells too."""
+        if self.group is None or not len(self):
+            return self.labels
+        cells: np.ndarray = self.labels * (self.group.max() + 2) + self.group + 1
+        return cells
 
     def carve(self, fraction: float, role: str) -> tuple[Piece, Piece]:
         """Return what stays and a stratified draw, which has a fixed seed of its own."""
         generator = np.random.default_rng(derive(0, f"split/{role}"))
-        drawn = stratified(self.labels, round(fraction * len(self)), generator)
+        drawn = stratified(self.strata, round(fraction * len(self)), generator)
         return self.take(np.setdiff1d(np.arange(len(self)), drawn)), self.take(drawn)
 
 
@@ -145,11 +153,15 @@ def _check_range(labels: np.ndarray, total: int, split: str) -> None:
 
 
 def arrange(
-    entry: DatasetEntry, parts: Mapping[str, Part], codes: Mapping[str, np.ndarray]
+    entry: DatasetEntry,
+    parts: Mapping[str, Part],
+    codes: Mapping[str, np.ndarray],
+    groups: Mapping[str, np.ndarray | None],
 ) -> tuple[dict[str, Piece], str]:
     """Return train, val and test with their index, and the hash of the original training labels."""
     pieces = {
-        split: Piece(part, codes[split], np.arange(len(part))) for split, part in parts.items()
+        split: Piece(part, codes[split], np.arange(len(part)), groups[split])
+        for split, part in parts.items()
     }
     if "test" not in pieces:
         pieces["train"], pieces["test"] = pieces["train"].carve(entry.test_fraction, "test")
@@ -178,28 +190,4 @@ def with_noise(piece: Piece, share: float, classes: int) -> Piece:
     told = np.full(len(piece), "no", object)
     told[wrong] = "yes"
     part = replace(piece.part, beside={**piece.part.beside, MISLABELLED: told})
-    return Piece(part, labels, piece.index)
-
-
-def group_codes(
-    pieces: Mapping[str, Piece], column: str | None
-) -> tuple[tuple[str, ...], dict[str, torch.Tensor | None]]:
-    """Return the names of the groups, sorted, and the group of every row of every split.
-
-    Raises:
-        DataError: too many groups to compare.
-    """
-    if column is None:
-        return (), dict.fromkeys(pieces)
-    values = {split: piece.part.beside[column].tolist() for split, piece in pieces.items()}
-    names = tuple(sorted({value for column in values.values() for value in column}))
-    if len(names) > MAX_GROUPS:
-        raise DataError(
-            f"expected at most {MAX_GROUPS} groups in column {column!r}, got {len(names)}; "
-            "bin the values before, or name another column"
-        )
-    code = {name: position for position, name in enumerate(names)}
-    return names, {
-        split: torch.tensor([code[value] for value in column], dtype=torch.int64)
-        for split, column in values.items()
-    }
+    return replace(piece, part=part, labels=labels)

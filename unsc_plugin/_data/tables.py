@@ -1,4 +1,4 @@
-"""Tables to features: standardised numbers, one-hot categories, all fitted on training rows."""
+"""Tables to features: standardised numbers, categories as 0/1, all fitted on training rows."""
 
 from __future__ import annotations
 
@@ -18,8 +18,9 @@ Columns = Mapping[str, np.ndarray]
 class TableEncoder:
     """What train says about every column: mean and deviation, or the categories.
 
-    Columns that are constant in train are left out; a category that train does not have becomes all
-    zeros.
+    A column of two categories is one feature, 1 for the later one in sorted order; of more, one
+    feature per category. Columns that are constant in train are left out; a category that train
+    does not have becomes all zeros.
     """
 
     numbers: Mapping[str, tuple[float, float]]
@@ -52,18 +53,23 @@ class TableEncoder:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The name of every feature, in order; one-hot ones read `column=category`."""
-        hot = [f"{name}={value}" for name, found in self.categories.items() for value in found]
+        """The name of every feature, in order; those of categories read `column=category`."""
+        hot = [f"{name}={value}" for name in self.categories for value in self._told(name)]
         return (*self.numbers, *hot)
 
     @property
     def numeric(self) -> tuple[bool, ...]:
         """Whether every feature is a standardised number, in the order of :attr:`names`."""
-        hot = sum(len(found) for found in self.categories.values())
+        hot = sum(len(self._told(name)) for name in self.categories)
         return (True,) * len(self.numbers) + (False,) * hot
 
+    def _told(self, name: str) -> tuple[str, ...]:
+        """Return the categories that have a feature of their own."""
+        found = self.categories[name]
+        return found[1:] if len(found) == 2 else found
+
     def __call__(self, columns: Columns) -> Tensor:
-        """Return the features, float32 (n, D): (x - mean)/deviation, then the one-hot blocks.
+        """Return the features, float32 (n, D): (x - mean)/deviation, then the categories.
 
         Raises:
             DataError: a number that is missing or infinite.
@@ -72,7 +78,8 @@ class TableEncoder:
         for name, (mean, deviation) in self.numbers.items():
             _require_finite(name, columns[name])
             blocks.append(((columns[name] - mean) / deviation)[:, None].astype(np.float32))
-        for name, found in self.categories.items():
+        for name in self.categories:
+            found = self._told(name)
             code = {value: position for position, value in enumerate(found)}
             at = np.array([code.get(value, -1) for value in columns[name].tolist()], np.int64)
             block = np.zeros((len(at), len(found)), np.float32)

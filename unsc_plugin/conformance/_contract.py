@@ -13,7 +13,7 @@ import torch
 import yaml
 from torch import Tensor
 
-from unsc_plugin.conformance._toys import problem, soft_weights, split
+from unsc_plugin.conformance._toys import soft_weights, split
 from unsc_plugin.conformance._trial import PREFERRED, Trial, expect, fault, skip
 from unsc_plugin.errors import ConfigError, WeightsNotSupported
 from unsc_plugin.method import UnlearningMethod, Weights, build_config
@@ -55,11 +55,11 @@ def config_matters(trial: Trial) -> str:
     fields = [f for f in dataclasses.fields(trial.kind.Config) if not f.metadata.get("inert")]
     if not fields:
         skip("no settings")
-    before = trial.run(method=trial.kind(**trial.defaults)).after
+    before = trial.run(method=trial.made(trial.defaults)).after
     silent = []
     for item in fields:
         tried = probe(item, hints[item.name], trial.defaults.get(item.name, item.default))
-        method = trial.kind(**{**trial.defaults, item.name: tried})
+        method = trial.made({**trial.defaults, item.name: tried})
         if same(before, trial.run(method=method).after):
             silent.append(f"{item.name}={tried!r}")
     expect(not silent, f"no effect on the weights: {', '.join(silent)}")
@@ -114,7 +114,7 @@ def weights(trial: Trial) -> str:
     hard_equals_sets(trial)
     accepted = Scenario.WEIGHTED in trial.kind.scenarios
     scenario = Scenario.WEIGHTED if accepted else trial.scenario
-    rows = problem(trial.home).train
+    rows = trial.problem().train
     light, heavy = (
         trial.case(scenario=scenario, weights=soft_weights(rows, strength))
         for strength in (0.3, 0.8)
@@ -136,7 +136,7 @@ def hard_equals_sets(trial: Trial) -> None:
     by_set = [s for s in PREFERRED if s in trial.kind.scenarios and s is not Scenario.WEIGHTED]
     if not by_set:
         return
-    scenario, rows = by_set[0], problem(trial.home).train
+    scenario, rows = by_set[0], trial.problem().train
     positions = split(rows, scenario)
     if scenario is Scenario.CLASS:
         rows = rows.subset(torch.cat(positions).sort().values)

@@ -23,6 +23,7 @@ from unsc_plugin.conformance._globals import differences, process_state
 from unsc_plugin.conformance._nets import Toy
 from unsc_plugin.conformance._toys import BATCH, SHORT, Case, frozen_stem
 from unsc_plugin.conformance._trial import SEED, Trial, expect
+from unsc_plugin.errors import NumericalError
 from unsc_plugin.rows import Rows
 from unsc_plugin.runtime import state_sha256
 from unsc_plugin.spec import Recipe
@@ -57,7 +58,8 @@ def input_untouched(trial: Trial) -> str:
 def _owned(rows: Rows) -> Rows:
     """Return the rows on storage of their own."""
     storage = {key: value.clone() for key, value in rows.storage.items()}
-    return Rows.of(storage, rows.labels.clone(), rows.index.clone())
+    group = None if rows.group is None else rows.group.clone()
+    return Rows.of(storage, rows.labels.clone(), rows.index.clone(), group=group)
 
 
 def _appearance(case: Case) -> dict[str, Any]:
@@ -125,9 +127,13 @@ def losses(trial: Trial) -> str:
     spoiled = _spoiled(trial)
     if spoiled is None:
         return f"{len(run.result.losses)} finite losses"
-    status = trial.run(spoiled).result.status
+    told = f"{len(run.result.losses)} finite losses; NaN"
+    try:
+        status = trial.run(spoiled).result.status
+    except NumericalError:
+        return f"{told} is refused before the first step"
     expect(status == "diverged", f"all inputs are NaN, yet the run ends as {status!r}")
-    return f"{len(run.result.losses)} finite losses; NaN ends the run as diverged"
+    return f"{told} ends the run as diverged"
 
 
 class _ProbabilitiesOnly(TorchFunctionMode):
@@ -162,7 +168,7 @@ def _spoiled(trial: Trial) -> Case | None:
 
     def nan(rows: Rows) -> Rows:
         storage = {key: torch.full(v.shape, torch.nan) for key, v in rows.storage.items()}
-        return Rows.of(storage, rows.labels, rows.index)
+        return Rows.of(storage, rows.labels, rows.index, group=rows.group)
 
     return trial.case(train=nan(case.problem.train), val=nan(case.problem.val))
 
@@ -270,7 +276,8 @@ def global_state(trial: Trial) -> str:
             raise _Stop
         return {key: column[positions] for key, column in rows.storage.items()}
 
-    breaking = trial.case(train=Rows.of({}, rows.labels, rows.index, decode=decode))
+    raising = Rows.of({}, rows.labels, rows.index, group=rows.group, decode=decode)
+    breaking = trial.case(train=raising)
     with _watched_process("after an exception"), contextlib.suppress(_Stop):
         trial.run(breaking)
     expect(not trial.disturbed, f"not restored: {', '.join(sorted(trial.disturbed))}")

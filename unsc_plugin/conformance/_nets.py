@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from unsc_plugin.runtime import rows_of
+
 
 @dataclass
 class Copied:
@@ -69,10 +71,9 @@ class Toy(nn.Module):
 
     def forward(self, **inputs: Tensor) -> Tensor:
         """Return logits (B, K)."""
-        features = self.features(**inputs)
         if Toy.journal is not None:
-            self._note(Toy.journal, len(features))
-        logits: Tensor = self.head(features)
+            self._note(Toy.journal, rows_of(next(iter(inputs.values()))))
+        logits: Tensor = self.head(self.features(**inputs))
         return logits
 
     def _note(self, book: Journal, samples: int) -> None:

@@ -16,12 +16,12 @@ from unsc_plugin import engine
 from unsc_plugin.conformance import _processes as processes_
 from unsc_plugin.conformance._contract import same
 from unsc_plugin.conformance._nets import journal
-from unsc_plugin.conformance._toys import BATCH, NETS, Case, problem, split
+from unsc_plugin.conformance._toys import BATCH, NETS, Case, split
 from unsc_plugin.conformance._trial import SEED, Run, Trial, expect, fault, skip
 from unsc_plugin.errors import AttackFailed, ForgetSetError, NotApplicable
 from unsc_plugin.rows import Rows
 from unsc_plugin.runtime import first_non_finite
-from unsc_plugin.spec import Split
+from unsc_plugin.spec import Scenario, Split
 
 DATA_DOORS = {
     "unsc_plugin.data": ("load",),
@@ -40,7 +40,8 @@ def access(trial: Trial) -> str:
     owned = {Split.FORGET: forget, Split.RETAIN: retain}
     undeclared = [name for name in owned if name not in trial.opens and seen & owned[name]]
     expect(not undeclared, f"rows of {', '.join(undeclared)} are read: not in `needs`")
-    unread = [n for n in owned if n in trial.opens and not run.result.read.get(n)]
+    given = [name for name, rows in owned.items() if rows]
+    unread = [n for n in given if n in trial.opens and not run.result.read.get(n)]
     expect(not unread, f"{', '.join(unread)} is in `needs`, but never read")
     strange = seen - forget - retain
     expect(not strange, f"{len(strange)} rows are read that are in no split")
@@ -70,7 +71,7 @@ def _watched(trial: Trial) -> tuple[Run, set[int], set[int]]:
 
     Both are views of sets with every row of the problem, so that reading past the task shows.
     """
-    chosen = problem(trial.home)
+    chosen = trial.problem()
     train, seen = _noting(chosen.train)
     val, seen_val = _noting(chosen.val)
     case = trial.case(train=train, val=val, positions=split(train, trial.scenario))
@@ -84,7 +85,7 @@ def _noting(rows: Rows) -> tuple[Rows, set[int]]:
         seen.update(positions.tolist())
         return {key: column[positions] for key, column in rows.storage.items()}
 
-    return Rows.of({}, rows.labels, rows.index, decode=decode), seen
+    return Rows.of({}, rows.labels, rows.index, group=rows.group, decode=decode), seen
 
 
 @contextlib.contextmanager
@@ -114,18 +115,22 @@ def _closed_doors() -> Iterator[None]:
 def edges(trial: Trial) -> str:
     """Forget sets of all sizes, two classes; an empty one is refused before any work."""
     sizes = (1, BATCH) if trial.quick else (1, 10, BATCH, BATCH + 1, 32)
+    corrects = trial.scenario is Scenario.CORRECTION
+    if corrects and not reads_forget(trial):
+        skip("a correction that forgets no sample")
     for size in sizes:
         _complete(trial, f"{size} forget samples", positions=_positions(trial, size))
     _complete(trial, "two classes", num_classes=2)
     if not reads_forget(trial):
         return f"forget sets of {', '.join(map(str, sizes))}; K = 2"
-    _refuses_nothing(trial)
+    if not corrects:
+        _refuses_nothing(trial)
     _one_batch_matters(trial)
     return f"forget sets of {', '.join(map(str, sizes))} and 0; K = 2; one batch matters"
 
 
 def _positions(trial: Trial, size: int) -> tuple[Tensor, Tensor]:
-    return split(problem(trial.home).train, trial.scenario, size)
+    return split(trial.problem().train, trial.scenario, size)
 
 
 def _complete(trial: Trial, what: str, **case: Any) -> None:
@@ -220,13 +225,31 @@ def processes(trial: Trial) -> str:
 
 
 def direction(trial: Trial) -> str:
-    """On the toy, mean cross-entropy on the forget set is higher afterwards than before."""
+    """On the toy the forget loss rises; the gap of the groups falls, where that is corrected."""
     if trial.kind.identity:
         skip("declared identity")
     run = _converged(trial)
+    if trial.scenario is Scenario.CORRECTION:
+        return _closes_the_gap(trial, run)
     before, after = (_loss(run.case, model, Split.FORGET) for model in _models(run))
     expect(after > before, f"the forget loss went from {before:.4f} to {after:.4f}; it must rise")
     return f"forget loss {before:.4f} -> {after:.4f}"
+
+
+def _closes_the_gap(trial: Trial, run: Run) -> str:
+    if trial.control:
+        skip("a control")
+    before, after = (_gap(run.case, model) for model in _models(run))
+    expect(abs(after) < abs(before), f"the gap of the groups went from {before:.4f} to {after:.4f}")
+    return f"gap of the groups {before:.4f} -> {after:.4f}"
+
+
+def _gap(case: Case, model: torch.nn.Module) -> float:
+    """Return the difference of the mean probability of class 1 between the validation groups."""
+    rows = case.problem.val
+    chance = engine.predict(model, rows).logits.double().softmax(dim=1)[:, 1]
+    assert rows.group is not None
+    return float(chance[rows.group == 1].mean() - chance[rows.group == 0].mean())
 
 
 def utility(trial: Trial) -> str:

@@ -2,6 +2,7 @@
 
 Four problems, one per kind of backbone: `conv` (BatchNorm, images), `mlp` (no normalisation, rows
 of a table), `vit` (one timm block) and `bert` (one Hugging Face layer, built from a configuration).
+Each comes with groups too, two labels that lean on two groups, for methods that correct models.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ from unsc_plugin.spec import BackboneEntry, DataInfo, Recipe, Scenario
 Net = Literal["conv", "mlp", "vit", "bert"]
 NETS: tuple[Net, ...] = ("conv", "mlp", "vit", "bert")
 TRAIN, HELD_OUT, BATCH = 96, 30, 16
+GROUPED_VAL = 240
+"""Validation rows of a problem with groups: enough of every cell for two parts of them."""
 SHORT = Recipe(epochs=2, lr=0.05, momentum=0.9, weight_decay=5e-4, batch_size=BATCH)
 FULL = SHORT.model_copy(update={"epochs": 14})
 VOCABULARY, TOKENS, COLUMNS = 24, 8, 6
@@ -57,18 +60,31 @@ class Case:
 
 
 @lru_cache(maxsize=16)
-def problem(net: Net, num_classes: int = 3) -> Problem:
-    """Return the problem of a kind of backbone."""
+def problem(net: Net, num_classes: int = 3, grouped: bool = False) -> Problem:
+    """Return the problem of a kind of backbone.
+
+    `grouped`: two of three rows have the label of their group, and every fifth row another one than
+    its inputs say, so that there is something to lose by confidence.
+    """
     modality = {"mlp": "tabular", "bert": "text"}.get(net, "image")
-    counts = (TRAIN, HELD_OUT, HELD_OUT)
+    counts = (TRAIN, GROUPED_VAL if grouped else HELD_OUT, HELD_OUT)
     labels = torch.arange(sum(counts)) % num_classes
-    inputs = _INPUTS[modality](labels, torch.Generator().manual_seed(num_classes))
-    ends = [TRAIN, TRAIN + HELD_OUT, sum(counts)]
+    group = None
+    if grouped:
+        odd = torch.arange(sum(counts)) // num_classes % 3 == 0
+        group = torch.where(odd, 1 - labels, labels)
+    kinds = labels
+    if group is not None:
+        kinds = 2 * labels + group
+        labels = torch.where(torch.arange(len(labels)) % 5 == 0, 1 - labels, labels)
+    inputs = _INPUTS[modality](kinds, torch.Generator().manual_seed(num_classes))
+    ends = [TRAIN, TRAIN + counts[1], sum(counts)]
     parts = []
     for start, stop in zip([0, *ends], ends, strict=False):
         index = torch.arange(stop - start) if not start else -1 - torch.arange(stop - start)
         columns = {key: value[start:stop] for key, value in inputs.items()}
-        parts.append(Rows.of(columns, labels[start:stop], index))
+        side = None if group is None else group[start:stop]
+        parts.append(Rows.of(columns, labels[start:stop], index, group=side))
     train, val, test = parts
     build = partial(_build, net, num_classes)
     return Problem(net, modality, num_classes, train, val, test, build)
@@ -141,8 +157,8 @@ def _library_model(net: Net, num_classes: int, seed: int) -> nn.Module:
 
 
 @cache
-def _trained(net: Net, num_classes: int, epochs: int, dead_stem: bool) -> nn.Module:
-    chosen = problem(net, num_classes)
+def _trained(net: Net, num_classes: int, epochs: int, dead_stem: bool, grouped: bool) -> nn.Module:
+    chosen = problem(net, num_classes, grouped)
     model = frozen_stem(chosen.build)(1) if dead_stem else chosen.build(1)
     recipe = FULL.model_copy(update={"epochs": epochs})
     engine.train(model, chosen.train, recipe, seed=1, device=engine.accelerator("cpu"))
@@ -150,13 +166,18 @@ def _trained(net: Net, num_classes: int, epochs: int, dead_stem: bool) -> nn.Mod
 
 
 def original(
-    net: Net, num_classes: int = 3, *, epochs: int = FULL.epochs, dead_stem: bool = False
+    net: Net,
+    num_classes: int = 3,
+    *,
+    epochs: int = FULL.epochs,
+    dead_stem: bool = False,
+    grouped: bool = False,
 ) -> nn.Module:
     """Return a copy of the model trained on all training rows, in eval mode, on the CPU.
 
     `dead_stem` gives the one whose first module arrives with requires_grad False.
     """
-    return copy.deepcopy(_trained(net, num_classes, epochs, dead_stem))
+    return copy.deepcopy(_trained(net, num_classes, epochs, dead_stem, grouped))
 
 
 def frozen_stem(build: Build) -> Build:
@@ -182,8 +203,11 @@ def split(rows: Rows, scenario: Scenario, size: int | None = None) -> tuple[Tens
     """Return the positions to forget, `size` of them if given, and those to retain.
 
     For :attr:`Scenario.CLASS` class 0 loses all its rows, also those that are not in the forget
-    set, so that a forget set of any size still is a whole class.
+    set, so that a forget set of any size still is a whole class. :attr:`Scenario.CORRECTION`
+    forgets nothing unless a size is given.
     """
+    if scenario is Scenario.CORRECTION and size is None:
+        return torch.arange(0), torch.arange(len(rows))
     of_class = torch.nonzero(rows.labels == 0)[:, 0]
     if scenario is Scenario.CLASS:
         return of_class[:size], torch.nonzero(rows.labels != 0)[:, 0]
@@ -235,4 +259,7 @@ def request(
     if weights is not None:
         return UnlearningTask.from_weights(train, weights, **common)
     forget, retain = split(train, scenario) if positions is None else positions
-    return UnlearningTask(forget=train.subset(forget), retain=train.subset(retain), **common)
+    nothing = scenario is Scenario.CORRECTION and not len(forget)
+    return UnlearningTask(
+        forget=None if nothing else train.subset(forget), retain=train.subset(retain), **common
+    )

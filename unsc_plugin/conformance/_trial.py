@@ -20,6 +20,7 @@ from unsc_plugin.conformance._toys import (
     NETS,
     Case,
     Net,
+    Problem,
     original,
     problem,
     request,
@@ -124,7 +125,15 @@ class Trial:
 
     def method(self, **overrides: Any) -> UnlearningMethod:
         """Return a new instance."""
-        return self.kind(**{**self.settings, **overrides})
+        return self.made({**self.settings, **overrides})
+
+    def made(self, settings: dict[str, Any]) -> UnlearningMethod:
+        """Return an instance with these settings and with the parts that they name."""
+        return self._names.complete(self.kind(**settings))
+
+    @cached_property
+    def _names(self) -> Registry:
+        return load(self.plugins)
 
     @property
     def scenario(self) -> Scenario:
@@ -141,6 +150,11 @@ class Trial:
                 return net
             reasons.append(f"{net}: {reason}")
         fault("not applicable to any backbone: " + "; ".join(reasons))
+
+    def problem(self, net: Net | None = None, num_classes: int | None = None) -> Problem:
+        """Return the toy problem of a backbone; with two groups where a model is corrected."""
+        grouped = self.scenario is Scenario.CORRECTION
+        return problem(net or self.home, num_classes or (2 if grouped else 3), grouped)
 
     def refuses(self, net: Net) -> str | None:
         """Return why the method is not applicable to a toy backbone, None if it is."""
@@ -163,14 +177,24 @@ class Trial:
             self.disturbed |= {*differences(before, torch_state())}
 
     def case(
-        self, net: Net | None = None, *, num_classes: int = 3, dead_stem: bool = False, **more: Any
+        self,
+        net: Net | None = None,
+        *,
+        num_classes: int | None = None,
+        dead_stem: bool = False,
+        **more: Any,
     ) -> Case:
         """Return a trained model and a request; `more` goes to :func:`_toys.request`."""
-        chosen = problem(net or self.home, num_classes)
+        chosen = self.problem(net, num_classes)
         scenario = more.pop("scenario", self.scenario)
         if scenario is Scenario.WEIGHTED and "positions" not in more:
             more.setdefault("weights", soft_weights(chosen.train, 0.6))
-        model = original(chosen.net, num_classes, dead_stem=dead_stem)
+        model = original(
+            chosen.net,
+            chosen.num_classes,
+            dead_stem=dead_stem,
+            grouped=chosen.train.group is not None,
+        )
         task = request(chosen, scenario, **{"accelerator": self.accelerator, **more})
         return Case(model.to(task.device), task, chosen)
 

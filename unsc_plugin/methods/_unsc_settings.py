@@ -18,7 +18,7 @@ _CACHE = "where Gram matrices are kept, not what they are"
 class Settings:
     """Settings of `unsc`."""
 
-    eps: float | dict[str, float] = option(  # noqa: RUF009  # a field, whatever its type
+    eps: float | dict[str, float] = option(  # a field, whatever its type
         0.97, "share of energy kept per retained class, in (0, 1]; or {glob: share} with '*'",
         probe=0.5,
     )  # fmt: skip

@@ -20,7 +20,7 @@ WORK_PER_EPOCH = 1.0
 
 
 class Finetune(UnlearningMethod):
-    """Steps on CE_r(θ) = Σ a·ℓ / Σ a over batches of D_r, from θ_O; a = max(1 + ε, 0), 1 for sets.
+    """Steps on CE_r(θ), the mean of a·ℓ over batches of D_r, from θ_O; a = max(1 + ε, 0).
 
     Forgets by neglect only (Warnecke et al. 2021; Golatkar et al. 2020 report it as a baseline).
     `finetune.paper`: learning rate 0.01 and 10 epochs as in the READMEs of Unlearn-Sparse and RUM.

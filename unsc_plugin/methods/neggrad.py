@@ -20,7 +20,10 @@ from unsc_plugin.method import (
 
 
 class NegGrad(UnlearningMethod):
-    """`passes` passes over D_f, stepping on −CE_f = −Σ r·ℓ / Σ r; r = max(−ε, 0), 1 for sets.
+    """`passes` passes over D_f, stepping on −CE_f, the mean of −ℓ over the batch.
+
+    Weighted: over all samples with ε ≠ 0, stepping on the mean of ε·ℓ: those whose weight falls are
+    climbed, those whose weight rises descended; for ε in {−1, 0} the set form to the bit.
 
     Golatkar, Achille and Soatto, *Eternal Sunshine of the Spotless Net* (CVPR 2020). The objective
     is unbounded below; the run ends as `diverged` at the first non-finite loss. BatchNorm uses its
@@ -52,7 +55,7 @@ class NegGrad(UnlearningMethod):
     def run(self, model: nn.Module, task: UnlearningTask) -> nn.Module:
         """Return the model after ascent on the forget set."""
         config = self.config
-        forget = task.loader("forget", batch_size=config.batch_size)
+        forget = task.changed(batch_size=config.batch_size)
         statistics: Literal["move", "eval"] = "move" if config.move_statistics else "eval"
         engine.fit_config(
             model,

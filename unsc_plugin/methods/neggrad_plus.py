@@ -24,7 +24,7 @@ class NegGradPlus(UnlearningMethod):
     """Joint steps on α·CE_r − (1 − α)·CE_f, one batch of each, D_f cycled, epochs of D_r's length.
 
     Kurmanji et al., *Towards Unbounded Machine Unlearning* (NeurIPS 2023, arXiv 2302.09880), as
-    NegGrad+. CE_r and CE_f are weighted means with a = max(1 + ε, 0) and r = max(−ε, 0). Two
+    NegGrad+. CE_r and CE_f are batch means of a·ℓ and r·ℓ, a = max(1 + ε, 0), r = max(−ε, 0). Two
     forward passes; the forget pass leaves BatchNorm's running statistics alone.
     `neggrad_plus.paper`: α 0.95, learning rate 0.01, 10 epochs, statistics moving on both passes.
     """

@@ -9,7 +9,7 @@ from unsc_plugin.method import Scenario, Split, UnlearningMethod, UnlearningTask
 
 
 class Retrain(UnlearningMethod):
-    """The recipe on D_r from a fresh initialisation; weighted: Σ a·ℓ / Σ a, a = max(1 + ε, 0).
+    """The recipe on D_r from a fresh initialisation; weighted: the mean of a·ℓ, a = max(1 + ε, 0).
 
     Exact unlearning by definition: the forget set is never read. Bourtoule et al., *Machine
     Unlearning* (S&P 2021), use it as the yardstick; here its row on a board is the noise floor.

@@ -23,16 +23,19 @@ if TYPE_CHECKING:
         TugOfWar,
         trainer_metrics,
     )
+    from unsc_plugin.metrics._goal_base import GroupFairness, Robustness
 
 __all__ = [
     "METRICS",
     "Accuracy",
     "Confidence",
+    "GroupFairness",
     "LogisticMIA",
     "MUBench",
     "MembershipAUC",
     "MetricSpec",
     "RetrainDivergence",
+    "Robustness",
     "TugOfWar",
     "lookup",
     "trainer_metrics",
@@ -42,7 +45,8 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}._base"), name)
+    home = "_goal_base" if name in ("GroupFairness", "Robustness") else "_base"
+    return getattr(importlib.import_module(f"{__name__}.{home}"), name)
 
 
 def __dir__() -> list[str]:

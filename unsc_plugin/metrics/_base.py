@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import evaluate
 import numpy as np
@@ -32,15 +32,20 @@ Args:
     predictions: logits, one row of K numbers per example.
     references: class numbers in [0, K).
 """
-_INDEX = "    index: position in the original training set, negative for unseen examples.\n"
+_BESIDE = {
+    "index": "position in the original training set, negative for unseen examples.",
+    "group": "code of the group, −1 for none.",
+    "adversarial": "logits of the same examples, attacked.",
+}
 
 
 class RowMetric(evaluate.Metric):  # type: ignore[misc]  # the library ships no types
     """What all classes share: data kept in memory, and a direct path around Arrow.
 
-    Subclasses set `indexed` and `directions` (emitted name -> direction) and define `_compute`,
-    which takes arrays, tensors or nested lists and ignores keywords it does not know, because
-    `evaluate.combine` hands every column to every member. Instances are not shared by threads.
+    Subclasses set `indexed`, `beside` (further columns) and `directions` (emitted name ->
+    direction) and define `_compute`, which takes arrays, tensors or nested lists and ignores
+    keywords it does not know, because `evaluate.combine` hands every column to every member.
+    Instances are not shared by threads.
 
     Args:
         **library: arguments of `evaluate.Metric`; by default data stay in memory, and the folder
@@ -48,6 +53,7 @@ class RowMetric(evaluate.Metric):  # type: ignore[misc]  # the library ships no 
     """
 
     indexed: ClassVar[bool] = False
+    beside: ClassVar[Mapping[str, Literal["integer", "logits"]]] = {}
     directions: ClassVar[dict[str, Direction]] = {}
 
     def __init__(self, **library: Any) -> None:
@@ -59,15 +65,20 @@ class RowMetric(evaluate.Metric):  # type: ignore[misc]  # the library ships no 
             super().__init__(**library)
 
     def _info(self) -> Any:
-        columns = {"predictions": ListOf(Value("float64")), "references": Value("int64")}
-        if self.indexed:
-            columns["index"] = Value("int64")
+        logits, number = ListOf(Value("float64")), Value("int64")
+        columns = {"predictions": logits, "references": number}
+        for name, kind in self._further().items():
+            columns[name] = logits if kind == "logits" else number
+        told = "".join(f"    {name}: {_BESIDE[name]}\n" for name in self._further())
         return evaluate.MetricInfo(
             description=type(self).__doc__ or "",
             citation="",
-            inputs_description=_INPUTS + (_INDEX if self.indexed else ""),
+            inputs_description=_INPUTS + told,
             features=Features(columns),
         )
+
+    def _further(self) -> dict[str, Literal["integer", "logits"]]:
+        return {**({"index": "integer"} if self.indexed else {}), **self.beside}
 
     def compute(
         self, *, predictions: Any = None, references: Any = None, **kwargs: Any
@@ -96,7 +107,7 @@ class RowMetric(evaluate.Metric):  # type: ignore[misc]  # the library ships no 
         columns = {
             "predictions": _arrays.floats(predictions, f"{self.name} predictions", ndim=2),
             "references": _arrays.integers(references, f"{self.name} references"),
-            **{name: _arrays.integers(column, name) for name, column in kwargs.items()},
+            **{name: self._checked(name, column) for name, column in kwargs.items()},
         }
         lengths = {name: len(column) for name, column in columns.items()}
         if len(set(lengths.values())) > 1:
@@ -104,6 +115,11 @@ class RowMetric(evaluate.Metric):  # type: ignore[misc]  # the library ships no 
                 f"{self.name}: expected columns of one length, got {lengths}; add the same rows"
             )
         super().add_batch(**columns)
+
+    def _checked(self, name: str, column: Any) -> FloatArray | IntArray:
+        if self._further().get(name) == "logits":
+            return _arrays.floats(column, f"{self.name} {name}", ndim=2)
+        return _arrays.integers(column, name)
 
 
 class Accuracy(RowMetric):

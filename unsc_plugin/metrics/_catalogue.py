@@ -18,7 +18,7 @@ DIRECTIONS: dict[Direction, str] = {
     "retrain": "closer to retrain is better",
     "zero": "closer to 0 is better",
 }
-KINDS = ("instance", "class", "subclass", "sequence", "corrective", "weighted")
+KINDS = ("instance", "class", "subclass", "sequence", "corrective", "weighted", "correction")
 
 
 @dataclass(frozen=True)
@@ -29,8 +29,10 @@ class MetricSpec:
     the value retrained models have against each other. `needs` lists what must be there for the
     number to exist: outputs on `forget`, `retain`, `test`; `nonmembers` (test outputs with the
     labels of the forget set); `features`; `relearn` (the fine-tuned copy); `original`; `pool`
-    (at least one retrained model); `cost`; `retrain_cost`; `board` (all units). `kinds` are the
-    kinds of forgetting that have it; rounds of a `sequence` have what their requests have.
+    (at least one retrained model); `cost`; `retrain_cost`; `board` (all units); `groups` (a group
+    column, and rows in every cell that is compared); `attack` (a budget). `kinds` are the kinds of
+    forgetting that have it, `weighted` being a goal for a criterion without a forget set; rounds of
+    a `sequence` have what their requests have.
     """
 
     name: str
@@ -48,6 +50,7 @@ _SIBLINGS = ("subclass", "sequence")
 _ATTACKED = ("instance", "class", "subclass", "sequence", "weighted")
 _RELEARNT = ("instance", "class", "subclass", "sequence")
 _CRITERION = ("corrective", "weighted")
+_GOALS = ("correction",)
 
 
 def _spec(
@@ -186,6 +189,73 @@ _MUBENCH = (
     _spec("mubench.unlearn_time", "s", "down", "cost", _ALL, "preparation + unlearning"),
 )  # fmt: skip
 
+_FAIRNESS = (
+    _spec("acc", "fraction", "up", "test", _GOALS, "accuracy, beside the gaps on the same rows"),
+    _spec("nll", "nats", "down", "test", _GOALS, "mean negative log-likelihood"),
+    _spec(
+        "nll_prior", "nats", "zero", "test", _GOALS,
+        "loss of the best constant answer, a fact of the data: the end of the scale of nll",
+    ),
+    _spec(
+        "dp_soft", "probability", "zero", "test groups", _GOALS,
+        "demographic parity: mean positive probability, group 1 minus group 0",
+    ),
+    _spec(
+        "dp_diff", "fraction", "zero", "test groups", _GOALS,
+        "demographic parity: largest difference of positive rates",
+    ),
+    _spec(
+        "dp_ratio", "ratio", "up", "test groups", _GOALS,
+        "demographic parity: smallest over largest positive rate",
+    ),
+    _spec(
+        "eop_soft", "probability", "zero", "test groups", _GOALS,
+        "equality of opportunity: dp_soft among rows of the positive label",
+    ),
+    _spec(
+        "eop_diff", "fraction", "zero", "test groups", _GOALS,
+        "equality of opportunity: largest difference of true positive rates",
+    ),
+    _spec(
+        "eo_diff", "fraction", "zero", "test groups", _GOALS,
+        "equalised odds: larger difference of true and of false positive rates",
+    ),
+    _spec(
+        "worst_group_acc", "fraction", "up", "test groups", _GOALS,
+        "smallest accuracy of a (label, group) cell",
+    ),
+    _spec(
+        "group_acc_gap", "fraction", "zero", "test groups", _GOALS,
+        "largest difference of accuracy between groups",
+    ),
+)  # fmt: skip
+
+_ROBUSTNESS = (
+    _spec(
+        "robust_acc", "fraction", "up", "test attack", _GOALS,
+        "accuracy when every input may be moved within the budget",
+    ),
+    _spec(
+        "robust_nll", "nats", "down", "test attack", _GOALS,
+        "negative log-likelihood when every input may be moved within the budget",
+    ),
+)  # fmt: skip
+
+_ORACLE = (
+    _spec(
+        "oracle_js", "bits", "down", "test pool", _GOALS,
+        "distance to the predictions of the model retrained with the same weights",
+    ),
+    _spec(
+        "oracle_agree", "fraction", "up", "test pool", _GOALS,
+        "share of answers equal to those of the model retrained with the same weights",
+    ),
+    _spec(
+        "oracle_gap_diff", "criterion", "zero", "test pool", _GOALS,
+        "the board's criterion less that of the model retrained with the same weights",
+    ),
+)  # fmt: skip
+
 _SCORE = (
     _spec("S", "score", "up", "board", _ALL, "score: 1 retraining, 0 original", "pool"),
     _spec("a_J", "score", "up", "board", _ALL, "score part: predictions like retrained", "pool"),
@@ -211,6 +281,9 @@ METRICS: dict[str, MetricSpec] = {
         *_LEAKS,
         *_COSTS,
         *_MUBENCH,
+        *_FAIRNESS,
+        *_ROBUSTNESS,
+        *_ORACLE,
         *_SCORE,
     )
 }

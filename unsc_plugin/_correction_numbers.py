@@ -1,0 +1,112 @@
+"""How a correction is measured: groups and robustness on the test rows, distance to the oracle."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from unsc_plugin import engine
+from unsc_plugin.attacks import PGD, open_space, perturbed, pgd
+from unsc_plugin.errors import NotApplicable
+from unsc_plugin.metrics import divergence, fairness
+from unsc_plugin.metrics.robustness import robust_block
+from unsc_plugin.rows import Rows
+from unsc_plugin.spec import AttackSpec, CorrectionSpec, derive
+
+RESAMPLES = 1000
+BATCH = 2048
+
+
+def attacked_logits(
+    model: nn.Module, rows: Rows, spec: AttackSpec, seed: int, device: Any = None
+) -> np.ndarray:
+    """Return the logits of the rows under PGD against this very model, float32 (n, K).
+
+    Untargeted, every step taken, step 2.5·budget/steps; the best of `starts` starts, the first at
+    the input itself. Every row has a seed of its own.
+    """
+    cfg = PGD(
+        norm=spec.norm,
+        eps=spec.budget,
+        step=2.5 * spec.budget / spec.steps,
+        steps=spec.steps,
+        targeted=False,
+        starts=spec.starts,
+        stop_confidence=None,
+    )
+    parts = []
+    where = device.device if device is not None else torch.device("cpu")
+    for start in range(0, len(rows), BATCH):
+        batch = rows.gather(torch.arange(start, min(start + BATCH, len(rows)))).to(where)
+        seeds = [derive(seed, "attack", abs(int(index))) for index in batch.index]
+        space = open_space(model, batch.inputs)
+        found = pgd(model, batch.inputs, batch.labels, cfg, space=space, seeds=seeds)
+        with engine.quiet(model), torch.no_grad():
+            logits = perturbed(model, batch.inputs, found.delta, space)
+        parts.append(logits.float().cpu().numpy())
+    return np.concatenate(parts)
+
+
+def robustness(
+    model: nn.Module, rows: Rows, clean: np.ndarray, spec: CorrectionSpec, seed: int, device: Any
+) -> dict[str, float]:
+    """Return robust accuracy and loss where the board attacks and the inputs can be attacked."""
+    if spec.attack is None:
+        return {}
+    try:
+        moved = attacked_logits(model, rows, spec.attack, seed, device)
+    except NotApplicable:
+        return {}
+    return robust_block(clean, moved, rows.labels)
+
+
+def numbers(
+    logits: np.ndarray, rows: Rows, spec: CorrectionSpec
+) -> tuple[dict[str, float], dict[str, str]]:
+    """Return the numbers of one model on the test rows, and why others are absent."""
+    labels, group = rows.labels.numpy(), _group(rows)
+    found = fairness.block(logits, labels, group, spec.positive_class)
+    absent = fairness.missing(
+        labels, group, num_classes=logits.shape[1], positive_class=spec.positive_class
+    )
+    return found, absent
+
+
+def intervals(
+    logits: np.ndarray, rows: Rows, spec: CorrectionSpec, seed: int, confidence: float
+) -> dict[str, tuple[float, float]]:
+    """Return bootstrap intervals of the numbers; equal rows and seed share their resamples."""
+    return fairness.bootstrap(
+        logits,
+        rows.labels.numpy(),
+        _group(rows),
+        resamples=RESAMPLES,
+        seed=seed,
+        confidence=confidence,
+        positive_class=spec.positive_class,
+    )
+
+
+def to_oracle(
+    logits: np.ndarray, oracle: Sequence[np.ndarray], own: float | None, its: float | None
+) -> dict[str, float]:
+    """Return how far a model is from the one retrained with the same weights.
+
+    `oracle_js` in bits, `oracle_agree` the share of equal answers, `oracle_gap_diff` the difference
+    of the board's criterion.
+    """
+    found = {
+        "oracle_js": divergence.js_to_pool(logits, oracle),
+        "oracle_agree": 1.0 - divergence.disagree(logits, oracle),
+    }
+    if own is not None and its is not None:
+        found["oracle_gap_diff"] = own - its
+    return found
+
+
+def _group(rows: Rows) -> np.ndarray | None:
+    return None if rows.group is None else rows.group.numpy()
