@@ -162,12 +162,12 @@ class SoftWeighted(UnlearningMethod):
 
     # -- the plan
 
-    def prepare(self, model: nn.Module, task: UnlearningTask) -> tuple[planner.Plan, Tensor]:
-        """Return the plan and the positions of its samples in the training set."""
+    def prepare(self, model: nn.Module, task: UnlearningTask) -> tuple[planner.Plan, Setup]:
+        """Return the plan and what it was made on; neither depends on the base."""
         setup = set_up(model, task, self.config)
         plan = self._plan(setup, self.config.target, task.seed)
         task.stats.update(self._report(setup, plan))
-        return plan, setup.rows.index
+        return plan, setup
 
     def _plan(self, setup: Setup, target: float, seed: int) -> planner.Plan:
         """Return the weights for a target."""
@@ -272,8 +272,7 @@ class SoftWeighted(UnlearningMethod):
     def run(self, model: nn.Module, task: UnlearningTask) -> nn.Module:
         """Return what the base method makes of the model by the planned weights."""
         base, config = self.base, self.config
-        plan, index = task.prepared
-        whole = set_up(model, task, config)
+        plan, whole = task.prepared
         setup = whole.only(plan.kept)
         target = config.target
         for number in range(config.max_base_runs):
@@ -287,7 +286,7 @@ class SoftWeighted(UnlearningMethod):
             if not bool(e.any()):
                 task.stats["plan"]["noop"] = "empty_hard_set"
                 return model
-            weights = self._weights(e, index, setup.count)
+            weights = self._weights(e, setup.rows.index, setup.count)
             found, stats = task.delegate(base, model, weights)
             task.stats["base"] = {"method": base.name, **stats}
             beyond = self._realised(setup, plan, found, task)
