@@ -617,6 +617,7 @@ def test_plots_have_a_line_per_family_a_mark_per_point_and_a_star(made: Correcti
         stars = [e for e in tree.iter() if e.get("class") == "star"]
         assert len(stars) == 2  # in the panel and in the legend
     drawn = correction_plot.drawing(made.corrections, "acc")
+    assert drawn["outside"] == ""
     assert [(p["x_label"], p["y_label"]) for p in drawn["panels"]] == [
         ("← |dp_soft|", "accuracy, % →")
     ]
@@ -739,3 +740,17 @@ def test_verify_without_logits_checks_the_oracle_too(
     bench.outputs_path(stored, real[1]).unlink()
     _, mismatches = bench.verify(found)
     assert [one.what for one in mismatches] == ["metrics.oracle_js"]
+
+
+def test_points_far_out_are_named_and_do_not_flatten_the_others() -> None:
+    far = {"nll": 50.0, "dp_soft": 3 * GAP}
+    records = [
+        one.model_copy(update={"metrics": {**one.metrics, **far}})
+        if one.entry == "soft_weighted.hard@1"
+        else one
+        for one in full()
+    ]
+    drawn = correction_plot.drawing(build(records, board()).corrections, "nll")
+    assert drawn["outside"] == "Far outside, not drawn (points): soft_weighted.hard (1)."
+    assert max(float(tick["label"]) for tick in drawn["panels"][0]["y_ticks"]) < 1
+    assert "not drawn (points): soft_weighted.hard (1)" in build(records, board()).svg()

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
+
+import numpy as np
 
 from unsc_plugin._board.correction_sheets import criterion_text
 from unsc_plugin._board.corrections import Comparison, Corrections, Point, Row
@@ -12,7 +14,15 @@ from unsc_plugin._board.curves import Axis, Curve, Panel
 from unsc_plugin._board.curves import drawing as panels_drawing
 from unsc_plugin._board.trials import ORIGINAL
 
+Spot = tuple[float, float]
+
 TICKS = 6
+NAMED = 3
+FAR = 8
+_HOW_TO_READ = (
+    "Lines lead from the original over the rising strengths of a family; crosses and rings are "
+    "single points. Means over units."
+)
 _LABELS = {"nll": "← NLL", "acc": "accuracy, % →"}
 _TITLES = {
     "nll": "Loss against the gap that is left: left and low is better",
@@ -30,16 +40,24 @@ def drawing(board: Corrections, name: str) -> dict[str, Any]:
     rows = [row for found in board.scenarios for row in found.rows if row.name != ORIGINAL]
     swept = list(dict.fromkeys(row.name for row in rows if row.swept))
     singles = list(dict.fromkeys(_single(row, swept) for row in rows if not row.swept))
-    panels = [_panel(board, found, name, swept) for found in board.scenarios]
+    outside: list[str] = []
+    panels = [_panel(board, found, name, swept, outside) for found in board.scenarios]
     drawn = panels_drawing(
         panels,
         [*swept, *singles],
         title=_TITLES[name],
-        description="Lines lead from the original over the rising strengths of a family; crosses "
-        "and rings are single points. Means over units.",
+        description=_HOW_TO_READ,
         per_row=2,
     )
-    return {**drawn, "families": len(swept)}
+    return {**drawn, "families": len(swept), "outside": _told(outside)}
+
+
+def _told(outside: Sequence[str]) -> str:
+    """Return the sentence about the points that are left out, empty if there are none."""
+    counts = {name: outside.count(name) for name in dict.fromkeys(outside)}
+    names = [f"{name} ({count})" for name, count in counts.items()]
+    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+    return f"Far outside, not drawn (points): {', '.join(names[:NAMED])}{more}." if names else ""
 
 
 def _single(row: Row, swept: Sequence[str]) -> str:
@@ -47,7 +65,10 @@ def _single(row: Row, swept: Sequence[str]) -> str:
     return f"{row.name} (one point)" if row.name in swept else row.name
 
 
-def _panel(board: Corrections, found: Comparison, name: str, swept: Sequence[str]) -> Panel:
+def _panel(
+    board: Corrections, found: Comparison, name: str, swept: Sequence[str], outside: list[str]
+) -> Panel:
+    """Return a panel; what lies so far out that the rest would be one spot goes to `outside`."""
     start = [
         spot
         for row in found.rows
@@ -61,6 +82,12 @@ def _panel(board: Corrections, found: Comparison, name: str, swept: Sequence[str
         if row.name == ORIGINAL or not spots:
             continue
         lines[row.name if row.swept else _single(row, swept)] = [*start * row.swept, *spots]
+    inside = _frame(start, [spot for line in lines.values() for spot in line])
+    for label, line in list(lines.items()):
+        lines[label] = [spot for spot in line if inside(spot)]
+        outside += [label] * (len(line) - len(lines[label]))
+        if not lines[label]:
+            del lines[label]
     spots = [*start, *(spot for line in lines.values() for spot in line)]
     return Panel(
         found.scenario.name,
@@ -69,6 +96,21 @@ def _panel(board: Corrections, found: Comparison, name: str, swept: Sequence[str
         lines,
         dict.fromkeys([ORIGINAL], start[0]) if start else {},
     )
+
+
+def _frame(start: Sequence[Spot], spots: Sequence[Spot]) -> Callable[[Spot], bool]:
+    """Return whether a spot is to be drawn: near the original's gap or nearer, not far out.
+
+    Far out is farther from the quartiles than eight times their distance, and beyond a gap 1.5
+    times the original's, of which nothing was closed.
+    """
+    widest = max([1.5 * x for x, _ in start], default=math.inf)
+    heights = [y for x, y in [*start, *spots] if x <= widest]
+    low, high = np.quantile(heights, [0.25, 0.75]) if heights else (-math.inf, math.inf)
+    fence = FAR * (high - low)
+    ends = [y for _, y in start]
+    bottom, top = min([low - fence, *ends]), max([high + fence, *ends])
+    return lambda spot: spot[0] <= widest and bottom <= spot[1] <= top
 
 
 def _spot(point: Point, name: str) -> tuple[float, float] | None:
