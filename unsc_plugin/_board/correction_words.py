@@ -32,17 +32,22 @@ def difference(name: str, interval: stats.Interval | None) -> str:
     return f"{text} pp" if name == "acc" and interval is not None else text
 
 
+NOTHING = 5e-5
+"""Differences of loss and accuracy below this print as 0."""
+
+
 def verdict(name: str, gap: stats.Interval) -> str | None:
     """Return how the reference fares where the rival less the reference is `gap`.
 
-    `better`, `worse`, or `tie` where the limits hold 0; None without limits.
+    `better`, `worse`, or `tie` where the limits hold 0 or the difference would print as 0; None
+    without limits.
 
     >>> verdict("nll", stats.Interval(0.2, 0.1, 0.3)), verdict("acc", stats.Interval(0.2, 0.1, 0.3))
     ('better', 'worse')
     """
     if gap.low is None or gap.high is None:
         return None
-    if gap.low <= 0 <= gap.high:
+    if gap.low <= 0 <= gap.high or abs(gap.estimate) < NOTHING:
         return "tie"
     return "better" if (gap.low > 0) == (name == "nll") else "worse"
 
