@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from unsc_plugin import engine
-from unsc_plugin.attacks import PGD, open_space, perturbed, pgd
+from unsc_plugin.attacks import full_attack, open_space, perturbed, pgd
 from unsc_plugin.errors import NotApplicable
 from unsc_plugin.metrics import divergence, fairness
 from unsc_plugin.metrics.robustness import robust_block
@@ -29,15 +29,7 @@ def attacked_logits(
     Untargeted, every step taken, step 2.5·budget/steps; the best of `starts` starts, the first at
     the input itself. Every row has a seed of its own.
     """
-    cfg = PGD(
-        norm=spec.norm,
-        eps=spec.budget,
-        step=2.5 * spec.budget / spec.steps,
-        steps=spec.steps,
-        targeted=False,
-        starts=spec.starts,
-        stop_confidence=None,
-    )
+    cfg = full_attack(spec.norm, spec.budget, spec.steps, spec.starts)
     parts = []
     where = device.device if device is not None else torch.device("cpu")
     for start in range(0, len(rows), BATCH):

@@ -96,6 +96,23 @@ class PGD:
             _require_reach(self, self.step)
 
 
+def full_attack(norm: Norm, budget: float, steps: int, starts: int) -> PGD:
+    """Return the untargeted attack that measures robustness: all steps, of 2.5·budget/steps each.
+
+    >>> full_attack("linf", 0.1, steps=50, starts=5).step
+    0.005
+    """
+    return PGD(
+        norm=norm,
+        eps=budget,
+        step=2.5 * budget / steps,
+        steps=steps,
+        targeted=False,
+        starts=starts,
+        stop_confidence=None,
+    )
+
+
 def _require(holds: bool, name: str, wanted: str, settings: PGD) -> None:
     if not holds:
         raise ConfigError(f"PGD: expected {name} {wanted}, got {getattr(settings, name)!r}")

@@ -22,6 +22,7 @@ from unsc_plugin.methods import _last_modules as last
 from unsc_plugin.methods._correction_settings import CorrectionConfig
 from unsc_plugin.methods._criteria import Criterion, mean_loss
 from unsc_plugin.methods._rounds import Course, Ground, Point, Request, attacked
+from unsc_plugin.methods._weight_planner import effects
 from unsc_plugin.spec import derive
 
 WEAK = 0.01
@@ -116,8 +117,6 @@ class Setup:
 
     def diagnosis(self, box: tuple[float, float], config: CorrectionConfig) -> dict[str, Any]:
         """Return the goals' gaps and what share of each the box and utility allow to remove."""
-        from unsc_plugin.methods._weight_planner import effects
-
         first = self.ground.at(self.objective.theta)
         request = Request.of(self.ground.criteria, first, config.target, True)
         slopes = self.ground.slopes(first)

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from unsc_plugin.attacks import PGD, Space, open_space, pgd
+from unsc_plugin.attacks import Space, full_attack, open_space, pgd
 from unsc_plugin.errors import NotApplicable, NumericalError
 from unsc_plugin.influence import Objective
 from unsc_plugin.method import Rows
@@ -135,15 +135,7 @@ def attacked(model: nn.Module, rows: Rows, attack: Attack, batch_size: int = 204
     Raises:
         NotApplicable: inputs that are no numbers, such as texts.
     """
-    cfg = PGD(
-        norm=attack.norm,
-        eps=attack.budget,
-        step=2.5 * attack.budget / attack.steps,
-        steps=attack.steps,
-        targeted=False,
-        starts=attack.starts,
-        stop_confidence=None,
-    )
+    cfg = full_attack(attack.norm, attack.budget, attack.steps, attack.starts)
     parts: list[Tensor] = []
     place = next(model.parameters()).device
     for start in range(0, len(rows), batch_size):

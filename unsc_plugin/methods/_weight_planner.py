@@ -173,7 +173,7 @@ def one_step(
     ground: Ground,
     request: Request,
     first: Point,
-    choose: Callable[[Effects, Tensor, float], tuple[Tensor, dict[str, Any]]],
+    choose: Callable[[Effects, Tensor], tuple[Tensor, dict[str, Any]]],
     config: CorrectionConfig,
 ) -> tuple[Tensor, Course]:
     """Return the weights that `choose` takes from the effects at θ̂, and where a refit leads."""
@@ -181,7 +181,7 @@ def one_step(
     slopes[:, :-1] *= request.sign.to(slopes)
     known = effects(objective, first.theta, torch.zeros(objective.n).double(), slopes, config)
     asked = request.remaining(first.f)
-    e, notes = choose(known, asked, 0.0)
+    e, notes = choose(known, asked)
     refit = objective.refit(e, first.theta, config.solver_settings)
     there = ground.at(refit.theta)
     predicted = known.gains @ e

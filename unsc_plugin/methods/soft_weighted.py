@@ -218,7 +218,7 @@ class SoftWeighted(UnlearningMethod):
         return mixed
 
     def _chosen(self, setup: Setup) -> Any:
-        """Return the rule of the solver: effects, what is asked, slack -> weights and notes.
+        """Return the rule of the solver: effects, what is asked -> weights and notes.
 
         Raises:
             ConfigError: several goals for a rule of one.
@@ -229,9 +229,7 @@ class SoftWeighted(UnlearningMethod):
         if config.solver in OF_ONE_GOAL and len(names) > 1:
             raise ConfigError(f"solver {config.solver}: expected one goal, got {names}; use qp")
 
-        def choose(
-            known: planner.Effects, asked: Tensor, slack: float
-        ) -> tuple[Tensor, dict[str, Any]]:
+        def choose(known: planner.Effects, asked: Tensor) -> tuple[Tensor, dict[str, Any]]:
             if config.solver == "reweighing":
                 e = selection.reweighing(rows.labels, setup.groups, setup.num_classes)
                 return torch.where(setup.fixed, -1.0, e), {}
