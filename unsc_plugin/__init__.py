@@ -11,12 +11,14 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from unsc_plugin.api import Unlearned, unlearn
     from unsc_plugin.method import Result, UnlearningMethod, UnlearningTask, Weights
     from unsc_plugin.models import load_model
     from unsc_plugin.registry import create, list_methods, register_method
 
 _HOMES = {
     "Result": "method",
+    "Unlearned": "api",
     "UnlearningMethod": "method",
     "UnlearningTask": "method",
     "Weights": "method",
@@ -24,9 +26,11 @@ _HOMES = {
     "list_methods": "registry",
     "load_model": "models",
     "register_method": "registry",
+    "unlearn": "api",
 }
 __all__ = [
     "Result",
+    "Unlearned",
     "UnlearningMethod",
     "UnlearningTask",
     "Weights",
@@ -34,6 +38,7 @@ __all__ = [
     "list_methods",
     "load_model",
     "register_method",
+    "unlearn",
 ]
 
 

@@ -50,6 +50,13 @@ class Pixels(nn.Module):
         """Number of channels that the backbone takes."""
         return len(self.mean)
 
+    @property
+    def statistics(self) -> tuple[list[float], list[float]]:
+        """Mean and standard deviation per channel, in as few digits as give the same float32."""
+        columns = (self.mean.flatten().cpu().numpy(), self.std.flatten().cpu().numpy())
+        mean, std = ([float(str(value)) for value in column] for column in columns)
+        return mean, std
+
     def forward(self, pixels: Tensor) -> Tensor:
         """Return the backbone's input, (B, channels, *size).
 
@@ -133,7 +140,11 @@ class Classifier(nn.Module):
 
     def forward(self, **inputs: Tensor) -> Tensor:
         """Return logits (B, K), float32 or wider."""
-        return self._logits(self._outputs(self._prepared(inputs)))
+        return self._logits(self.outputs(**inputs))
+
+    def outputs(self, **inputs: Tensor) -> Any:
+        """Return what the backbone gives: a tensor, a tuple or a Hugging Face output."""
+        return self._outputs(self._prepared(inputs))
 
     def features(self, **inputs: Tensor) -> Tensor:
         """Return what enters the head, (B, D): pooled, after any dropout of the training mode."""
@@ -163,20 +174,14 @@ class Classifier(nn.Module):
         Raises:
             NotApplicable: other logits than (B, num_classes).
         """
-        modes = [(module, module.training) for module in self.modules()]
-        self.eval()
-        try:
-            with torch.no_grad():
-                logits = self(**inputs)
-                if len(self._head) == 1 and isinstance(self.head, nn.Linear):
-                    again = self.head(self.features(**inputs))
-                    same = again.shape == logits.shape and torch.allclose(
-                        again, logits, rtol=HEAD_TOLERANCE, atol=HEAD_TOLERANCE
-                    )
-                    self._head_alone = bool(same)
-        finally:
-            for module, training in modes:
-                module.training = training
+        with _evaluating(self), torch.no_grad():
+            logits = self(**inputs)
+            if len(self._head) == 1 and isinstance(self.head, nn.Linear):
+                again = self.head(self.features(**inputs))
+                same = again.shape == logits.shape and torch.allclose(
+                    again, logits, rtol=HEAD_TOLERANCE, atol=HEAD_TOLERANCE
+                )
+                self._head_alone = bool(same)
 
     def _final_modules(self) -> list[nn.Module]:
         if not self._head:
@@ -217,7 +222,7 @@ class Classifier(nn.Module):
 def wrap(
     module: nn.Module,
     *,
-    num_classes: int,
+    num_classes: int | None = None,
     modality: Modality,
     head: str | nn.Module | None = None,
     features: FeatureCall | None = None,
@@ -234,10 +239,12 @@ def wrap(
     then takes pixels in [0, 1]; without them, `pixel_domain` says whether it already does.
     `head` is the final layer or its path (default: the last layer with `num_classes` outputs);
     `features(module, inputs)` replaces "what enters the head"; `output` picks an item of a tuple
-    (default: the first of shape (B, num_classes)). With `example` inputs the choice is checked.
+    (default: the first of shape (B, num_classes)). With `example` inputs the choice is checked, and
+    `num_classes` defaults to the width of the logits.
 
     Raises:
-        ConfigError: `head` is no part of the module, or only one of `mean` and `std` is given.
+        ConfigError: `head` is no part of the module, only one of `mean` and `std` is given, or
+            neither `num_classes` nor an `example`.
         NotApplicable: `example` gives other logits than (B, num_classes).
 
     >>> model = wrap(nn.Linear(4, 3), num_classes=3, modality="tabular")
@@ -248,12 +255,15 @@ def wrap(
         raise ConfigError("wrap: expected both mean and std, or neither; give the missing one")
     pixels = Pixels(mean, std) if mean is not None and std is not None else None
     place = next(iter(module.parameters()), torch.zeros(0))
+    pixels = None if pixels is None else pixels.to(place.device)
+    if num_classes is None:
+        num_classes = _width(module, modality, pixels, input_key, output, example)
     classifier = Classifier(
         module,
         num_classes=num_classes,
         modality=modality,
         head=_head_path(module, head, num_classes),
-        pixels=None if pixels is None else pixels.to(place.device),
+        pixels=pixels,
         pixel_domain=pixel_domain or pixels is not None,
         input_key=input_key,
         output=output,
@@ -263,6 +273,47 @@ def wrap(
     if example is not None:
         classifier.check(example)
     return classifier
+
+
+def _width(
+    module: nn.Module,
+    modality: Modality,
+    pixels: Pixels | None,
+    input_key: str | None,
+    output: int | None,
+    example: Mapping[str, Tensor] | None,
+) -> int:
+    """Return the number of outputs of `module` on `example`.
+
+    Raises:
+        ConfigError: no example.
+        NotApplicable: outputs that do not say which of them are the logits.
+    """
+    if example is None:
+        raise ConfigError("wrap: expected num_classes, or example inputs to find it; got neither")
+    probe = Classifier(module, num_classes=1, modality=modality, pixels=pixels, input_key=input_key)
+    with _evaluating(module), torch.no_grad():
+        found = probe.outputs(**example)
+    found = _pick(found, 0, output) if not isinstance(found, Tensor) else found
+    if found is None or found.ndim != 2:
+        got = "several tensors" if found is None else f"shape {tuple(found.shape)}"
+        raise NotApplicable(
+            f"expected logits of shape (rows, classes) from {type(module).__name__}, got {got}; "
+            "say num_classes=... and output=..."
+        )
+    return found.shape[1]
+
+
+@contextmanager
+def _evaluating(module: nn.Module) -> Iterator[None]:
+    """Put the module into evaluation mode, and every part back into its own mode."""
+    modes = [(part, part.training) for part in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, training in modes:
+            part.training = training
 
 
 def _head_path(module: nn.Module, head: str | nn.Module | None, classes: int) -> tuple[str, ...]:
