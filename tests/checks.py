@@ -15,7 +15,10 @@ def entry(name: str) -> MethodEntry:
     return found
 
 
-METHODS = sorted(load().methods)
+UNAVAILABLE = {name: named.reason for name, named in load().methods.items() if named.status != "ok"}
+"""Registered methods that this machine has not what they need for, with what is missing."""
+
+METHODS = sorted(load().methods.keys() - UNAVAILABLE.keys())
 ELSEWHERE = {
     "instance_wise.continual": "serves sequences; the suite makes single requests",
     "instance_wise.reference": "1,001 epochs of full attacks; shortened in its own tests",
@@ -29,6 +32,7 @@ ELSEWHERE = {
 UNSEEDED = {
     "influence.head": "draws nothing: closed form",
     "influence.newton": "draws nothing: closed form",
+    "soft_weighted.reference": "draws nothing: all validation rows are for fitting, closed form",
     "instance_wise.neggrad": "draws nothing where all forget rows fit into one batch",
 }
 """Presets whose weights do not depend on the seed in the suite, with the reason."""

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from typer.main import get_command
+
 from unsc_plugin import cli
 
 
@@ -38,6 +40,15 @@ def unsc(*words: str | Path) -> Done:
             code = left.code
     assert isinstance(code, int)
     return Done(code, out.getvalue(), err.getvalue())
+
+
+def commands(group: Any = None, path: tuple[str, ...] = ()) -> dict[tuple[str, ...], Any]:
+    """Return every command and group of commands by the words that name it; () is `unsc` itself."""
+    group = group or get_command(cli.app)
+    found = {path: group}
+    for name, command in getattr(group, "commands", {}).items():
+        found |= commands(command, (*path, name))
+    return found
 
 
 def python(*words: str, cwd: Path | None = None, **environment: str) -> subprocess.CompletedProcess:

@@ -202,6 +202,19 @@ def test_a_result_reads_well(net):
     assert "<td>test_retained</td>" in html
 
 
+def test_a_plan_says_where_it_stopped_and_warnings_are_shown(net):
+    group = (torch.arange(90) // 3 + Y) % 2
+    rows = [{"features": X, "labels": (Y > 0).long(), "group": group}]
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 2))
+    done = unsc_plugin.unlearn(
+        model, retain=rows, val=rows, method="soft_weighted", recipe=RECIPE, min_z=0.0
+    )
+    assert done.scenario == Scenario.CORRECTION
+    assert f"plan stopped: {done.result.stats['plan']['stop']}" in repr(done)
+    assert f"plan stopped: {done.result.stats['plan']['stop']}" in done._repr_html_()
+    assert all(text in repr(done) for text in done.result.stats.get("warnings", []))
+
+
 def test_figures_show_what_was_measured(net):
     done = unsc_plugin.unlearn(net, **parts(), test=TEST, method="finetune", recipe=RECIPE)
     bars = done.plot()

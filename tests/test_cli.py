@@ -16,15 +16,16 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from command_line import BOARD, Done, board, python, tree, unsc
+from checks import METHODS
+from command_line import BOARD, Done, board, commands, python, tree, unsc
 
 from unsc_plugin import bench, cli, conformance, record, registry
 from unsc_plugin._cli import arguments, console, progress, views
 from unsc_plugin.errors import ConfigError
 from unsc_plugin.metrics import METRICS
 
-COMMANDS = [(), ("list",), ("show",), ("run",), ("bench",), ("board",), ("board", "build"),
-            ("board", "verify"), ("check",)]  # fmt: skip
+COMMANDS = list(commands())
+GROUPS = [words for words, one in commands().items() if hasattr(one, "commands")]
 HEAVY = ("torch", "timm", "transformers", "evaluate", "datasets", "accelerate", "sklearn")
 QUICK = ("--data", "wine", "--model", "logistic", "--recipe", "epochs=2")
 SMALL_BERT = (
@@ -72,7 +73,7 @@ def test_help_fits_and_speaks_to_users(
     assert max(map(len, done.out.splitlines())) <= width
 
 
-@pytest.mark.parametrize("words", [c for c in COMMANDS if c not in {(), ("board",)}], ids=" ".join)
+@pytest.mark.parametrize("words", [c for c in COMMANDS if c not in GROUPS], ids=" ".join)
 def test_every_command_knows_the_global_flags(words: tuple[str, ...]) -> None:
     text = finished(*words, "--help").out
     assert all(flag in text for flag in ("--plugin", "--json", "--quiet", "--debug"))
@@ -176,7 +177,9 @@ def test_a_strange_width_is_ignored(columns: str, monkeypatch: pytest.MonkeyPatc
 # --------------------------------------------------------------------------- list and show
 
 
-@pytest.mark.parametrize("what", ["methods", "backbones", "datasets", "forget-sets", "metrics"])
+@pytest.mark.parametrize(
+    "what", ["methods", "backbones", "datasets", "forget-sets", "metrics", "adapters"]
+)
 @pytest.mark.parametrize("width", [80, 160])
 def test_lists_show_every_name_whole(
     what: str, width: int, monkeypatch: pytest.MonkeyPatch
@@ -258,7 +261,7 @@ def test_show_gives_the_values_of_the_preset() -> None:
     assert defaults["passes"] == 5
 
 
-@pytest.mark.parametrize("method", sorted(registry.load().methods))
+@pytest.mark.parametrize("method", METHODS)
 def test_the_example_of_a_method_is_an_experiment(method: str) -> None:
     words = finished("show", method, "--json").json["example"].split()
     assert words[:2] == ["unsc", "run"]
@@ -607,11 +610,41 @@ def test_only_the_preset_of_a_control_may_diverge() -> None:
     assert not excused("random_init", None, "diverged")
 
 
+CORRECTIONS = """
+schema: 1
+name: little
+title: A little board
+version: 1
+seed: 7
+scenarios:
+  - {name: table, data: synthetic-bias, model: logistic, forget: [correction]}
+entries:
+  - original
+  - retrain
+  - {method: soft_weighted, sweep: {target: [0.2, 0.5]}}
+  - soft_weighted.retrain
+  - constrained_step
+evaluation: {train_seeds: 2, draws: 3, correction: {oracle: true}}
+"""
+
+
+@pytest.mark.parametrize(("oracle", "per_unit"), [("true", 6), ("false", 3)])
+def test_the_plan_of_corrections_counts_oracles_and_no_pool(
+    tmp_path: Path, oracle: str, per_unit: int
+) -> None:
+    path = tmp_path / "board.yaml"
+    path.write_text(CORRECTIONS.replace("oracle: true", f"oracle: {oracle}"))
+    # an original per draw; retrain, and the base of soft_weighted.retrain; three plans of weights
+    assert finished("bench", path, "--dry-run", "--json").json["trainings_at_most"] == 6 * per_unit
+    assert f"at most {6 * per_unit} trainings" in finished("bench", path, "--dry-run").out
+
+
 @pytest.mark.usefixtures("_no_badges")
 def test_a_board_from_the_plan_to_the_verification(tmp_path: Path) -> None:
     path = board(tmp_path / "b", ("train_seeds: 1", "train_seeds: 2"))
     plan = finished("bench", path, "--dry-run", "--json").json
     assert (plan["units"], plan["finished"], len(plan["to_run"])) == (4, 0, 4)
+    assert plan["trainings_at_most"] == 2 + (1 + 2)  # originals; the pool, retrain per original
     assert "original--s1d0" in finished("bench", path, "--dry-run").out
     assert tree(path.parent) == {"board.yaml"}
 

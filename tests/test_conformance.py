@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from checks import METHODS, PRESETS, UNSEEDED, failures
+from checks import METHODS, PRESETS, UNAVAILABLE, UNSEEDED, failures
 from rich.console import Console
 from torch import nn
 
@@ -27,7 +27,13 @@ torch.set_num_threads(1)
 # --------------------------------------------------------------------------- what is registered
 
 
-@pytest.mark.parametrize("name", METHODS)
+LEFT_OUT = [
+    pytest.param(name, marks=pytest.mark.skip(reason=f"{name} is unavailable: {why}"))
+    for name, why in UNAVAILABLE.items()
+]
+
+
+@pytest.mark.parametrize("name", [*METHODS, *LEFT_OUT])
 def test_every_registered_method_passes_the_whole_suite(name: str) -> None:
     assert failures(name) == {}
 

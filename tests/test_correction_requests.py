@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,15 @@ import torch
 from scipy.special import expit
 from torch import nn
 
-from unsc_plugin import data, forget, registry, run
-from unsc_plugin.errors import ConfigError, DataError, ForgetSetError, UnscError
+from unsc_plugin import _correction_numbers, bench, data, evaluation, forget, registry, run
+from unsc_plugin.errors import (
+    ConfigError,
+    DataError,
+    ForgetSetError,
+    NotApplicable,
+    RecordError,
+    UnscError,
+)
 from unsc_plugin.method import Recipe, UnlearningTask, Weights
 from unsc_plugin.metrics import fairness
 from unsc_plugin.record import Record, dumps
@@ -220,24 +228,110 @@ def test_what_has_no_weights_has_no_oracle(cache):
     assert noop.record.metrics == {**finished(cache, "original").record.metrics}
 
 
+ATTACKED = EvaluationSpec.model_validate(
+    {
+        "train_seeds": 1, "draws": 2, "reference_pool": 1,
+        "correction": {"oracle": False, "attack": {"budget": 0.1, "steps": 5, "starts": 1}},
+    }
+)  # fmt: skip
+
+
 def test_a_board_may_do_without_oracles_and_with_attacks(cache):
-    spec = SPEC.model_copy(
-        update={
-            "correction": EvaluationSpec.model_validate(
-                {
-                    "correction": {
-                        "oracle": False,
-                        "attack": {"budget": 0.1, "steps": 5, "starts": 1},
-                    }
-                }
-            ).correction
-        }
-    )
-    where = setting(cache, evaluation_spec=spec)
+    where = setting(cache, evaluation_spec=ATTACKED)
     done = finished(cache, "soft_weighted", where=where, target=0.5)
     assert not done.record.reference
     assert 0 < done.record.metrics["robust_acc"] <= done.record.metrics["acc"]
     assert done.record.metrics["robust_nll"] > done.record.metrics["nll"]
+
+
+def test_perturbations_of_the_original_are_tried_on_every_model(cache, monkeypatch):
+    made = []
+    search = evaluation.perturbations
+
+    def counted(*given):
+        made.append(given)
+        return search(*given)
+
+    monkeypatch.setattr(evaluation, "perturbations", counted)
+    where = setting(cache, evaluation_spec=ATTACKED)
+    soft = finished(cache, "soft_weighted.retrain", where=where, target=0.9)
+    untouched = finished(cache, "original", where=where)
+    finished(cache, "original", 1, where)
+    assert len(made) == 2, "once per original and draw"
+
+    original = where.original(0, 0).load_into(where.build(0))
+    test = where.frame(0).test
+    [added] = search(original, where.frame(0))
+    assert float(added.abs().max()) == pytest.approx(0.1, rel=1e-5)
+    for done in (soft, untouched):
+        with torch.no_grad():
+            inputs = test.gather(torch.arange(len(test))).inputs["features"] + added
+            right = done.model(features=inputs).argmax(1) == test.labels
+        found = done.record.metrics
+        assert found["transfer_acc"] == pytest.approx(float(right.double().mean()), abs=1e-12)
+        assert found["transfer_acc"] >= found["robust_acc"]
+    assert soft.record.metrics["transfer_acc"] != untouched.record.metrics["transfer_acc"]
+
+
+def test_nothing_is_transferred_where_nothing_is_attacked(cache):
+    where = setting(cache)
+    assert where.transferred(unit("original"), where.build(0)) is None
+    forgets = setting(cache, text="random:5")
+    assert evaluation.perturbations(forgets.build(0), forgets.frame(0)) is None
+
+
+def test_inputs_that_cannot_be_attacked_are_told(cache, monkeypatch):
+    def refuse(*_):
+        raise NotApplicable("categories only")
+
+    monkeypatch.setattr(_correction_numbers, "open_space", refuse)
+    found = finished(cache, "original", where=setting(cache, evaluation_spec=ATTACKED)).record
+    assert found.metrics.keys().isdisjoint(_correction_numbers.ATTACKED)
+    assert set(_correction_numbers.ATTACKED) <= found.missing.keys()
+
+
+BOARD = """
+schema: 1
+name: little
+title: A little board
+version: 1
+seed: 7
+scenarios:
+  - name: table
+    data: synthetic-bias?n=300&n_val=300&n_test=100
+    model: logistic
+    recipe: {epochs: 2, lr: 0.05, batch_size: 64, weight_decay: 0.001}
+    forget: [correction]
+entries: [{method: soft_weighted, set: {utility_stop: null}}]
+evaluation:
+  train_seeds: 1
+  draws: 1
+  reference_pool: 1
+  correction: {oracle: false, attack: {budget: 0.1, steps: 3, starts: 1}}
+"""
+
+
+def test_records_from_before_a_number_was_measured_stay_valid(tmp_path):
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "board.yaml").write_text(BOARD)
+    board = bench.open_board(str(tmp_path / "b"), cache=tmp_path / "cache", device="cpu")
+    bench.run_job(board, bench.jobs(board)[0])
+    [path] = board.results.glob("*.json")
+    tree = json.loads(path.read_text())
+    assert bench.verify(board) == (1, [])
+    assert "transfer_acc" in bench.build(board).markdown().replace("\\", "")
+    shutil.rmtree(tmp_path / "cache" / "units")
+    del tree["metrics"]["transfer_acc"], tree["config"]["case"], tree["config"]["attack"]["kind"]
+    path.write_text(json.dumps(tree))
+    assert "transfer_acc" not in bench.build(board).markdown().replace("\\", "")
+    assert bench.verify(board) == (1, [])
+    del tree["metrics"]["robust_acc"]
+    path.write_text(json.dumps(tree))
+    assert [one.what for one in bench.verify(board)[1]] == ["metrics.robust_acc"]
+    tree["config"]["attack"]["budget"] = 0.2
+    path.write_text(json.dumps(tree))
+    with pytest.raises(RecordError, match=r"another set\.attack than"):
+        bench.verify(board)
 
 
 def test_failures_are_records_too(cache):
@@ -268,7 +362,7 @@ def test_other_test_rows_change_no_byte_of_the_weights(cache):
     turned = Rows.of(storage, 1 - test.labels, test.index, group=1 - test.group)
     other = dataclasses.replace(
         usual, splits=dataclasses.replace(usual.splits, test=turned), _requests={}, _frames={},
-        _references={},
+        _references={}, _transferred={},
     )  # fmt: skip
     for name in ("soft_weighted", "soft_weighted.hard"):
         one, two = (finished(cache, name, where=where, target=0.4) for where in (usual, other))

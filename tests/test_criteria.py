@@ -16,7 +16,7 @@ from unsc_plugin.errors import ConfigError, DataError, NotApplicable
 from unsc_plugin.influence import objective
 from unsc_plugin.methods._correction_settings import Attack, CorrectionConfig
 from unsc_plugin.methods._criteria import CRITERIA, Goal, build, cut, mean_loss, values
-from unsc_plugin.methods._rounds import Ground, attacked
+from unsc_plugin.methods._ground import Ground, attacked
 from unsc_plugin.registry import create
 from unsc_plugin.rows import Rows
 

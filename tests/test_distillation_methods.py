@@ -4,69 +4,28 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from fractions import Fraction
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from toy_runs import EIGHTHS, PLAIN, SAME, SEED, Logistic, differing, state, table, unlearn
 
 from unsc_plugin import engine
 from unsc_plugin.conformance._nets import journal
 from unsc_plugin.conformance._toys import FULL, SHORT, original, problem, request, split
 from unsc_plugin.errors import ConfigError, ForgetSetError
-from unsc_plugin.method import Budget, Result, UnlearningTask, Weights
+from unsc_plugin.method import Budget, UnlearningTask, Weights
 from unsc_plugin.methods import _teachers, bad_teaching, scrub
 from unsc_plugin.registry import create
 from unsc_plugin.rows import Rows
-from unsc_plugin.spec import Recipe, Scenario, Split
+from unsc_plugin.spec import Scenario, Split
 
 torch.set_num_threads(1)
 
-SEED = 11
-SAME = {"epochs": 2, "lr": 0.01, "batch_size": 10}
-PLAIN = Recipe(epochs=1, lr=0.3, momentum=0.0, weight_decay=0.0, batch_size=1000)
-EIGHTHS = Weights(torch.linspace(-1, 0.5, 13, dtype=torch.float64).repeat(8)[:96])
-"""Soft weights that float32 holds exactly: steps of 1/8."""
-
-State = Mapping[str, Tensor]
-
-
-def unlearn(
-    name: str, net: Any = "mlp", *, seed: int = SEED, settings: Any = None, **case: Any
-) -> Result:
-    scenario = case.pop("scenario", Scenario.RANDOM)
-    task = request(problem(net), scenario, **case)
-    return create(name, **(settings or {})).unlearn(original(net), task, seed)
-
-
-def state(result: Result) -> State:
-    return result.model.state_dict()
-
-
-def differing(one: State, other: State) -> list[str]:
-    assert one.keys() == other.keys()
-    return [name for name in one if not torch.equal(one[name], other[name])]
-
-
 # --------------------------------------------------------------------------- a model in float64
-
-
-class Logistic(nn.Module):
-    """Softmax regression in float64 on a table."""
-
-    def __init__(self, seed: int) -> None:
-        super().__init__()
-        columns = problem("mlp").train.storage["features"].shape[1]
-        self.head = nn.Linear(columns, 3).double()
-        draw = torch.randn(3, columns, generator=torch.Generator().manual_seed(seed))
-        with torch.no_grad():
-            self.head.weight.copy_(draw)
-            self.head.bias.zero_()
-
-    def forward(self, **inputs: Tensor) -> Tensor:
-        return self.head(inputs["features"].double())
 
 
 def logistic_task(weights: Weights | None = None, **more: Any) -> UnlearningTask:
@@ -76,18 +35,11 @@ def logistic_task(weights: Weights | None = None, **more: Any) -> UnlearningTask
 
 def streams(weights: Weights | None) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
     """Return inputs, labels and weights of the forget stream and of the retained one."""
-    rows = problem("mlp").train
-    if weights is None:
-        gone, kept = split(rows, Scenario.RANDOM)
-        removal, multiplicity = torch.zeros(96).double(), torch.zeros(96).double()
-        removal[gone], multiplicity[kept] = 1, 1
-    else:
-        removal, multiplicity = weights.removal, weights.multiplicity
-    inputs = rows.gather(torch.arange(96)).inputs["features"].double()
+    inputs, labels, *masses = table(weights)
     made = []
-    for mass in (removal, multiplicity):
+    for mass in masses:
         at = torch.nonzero(mass > 0)[:, 0]
-        made.append((inputs[at], rows.labels[at], mass[at]))
+        made.append((inputs[at], labels[at], mass[at]))
     return made[0], made[1]
 
 

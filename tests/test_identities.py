@@ -5,7 +5,6 @@ The identities of a method that comes later go into its own file, `test_identiti
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import pytest
@@ -14,6 +13,7 @@ from checks import METHODS
 from scipy.stats import chisquare
 from torch import Tensor, nn
 from torch.nn import functional
+from toy_runs import PLAIN, SAME, SEED, Logistic, State, differing, state, unlearn
 
 from unsc_plugin import engine
 from unsc_plugin.conformance._toys import BATCH, FULL, SHORT, original, problem, request, split
@@ -23,58 +23,19 @@ from unsc_plugin.methods import _last_modules
 from unsc_plugin.methods.random_label import random_labels
 from unsc_plugin.registry import create, load
 from unsc_plugin.rows import Rows
-from unsc_plugin.spec import Recipe, Scenario, Split, derive
+from unsc_plugin.spec import Scenario, Split, derive
 
 torch.set_num_threads(1)
 
-SEED = 11
 ITERATIVE = ("finetune", "neggrad", "neggrad_plus", "random_label", "cf_k")
-SAME = {"epochs": 2, "lr": 0.01, "batch_size": 10}
 HARSH = SHORT.model_copy(update={"weight_decay": 0.1, "momentum": 0.9})
-PLAIN = Recipe(epochs=1, lr=0.3, momentum=0.0, weight_decay=0.0, batch_size=1000)
-
-State = Mapping[str, Tensor]
-
-
-def unlearn(
-    name: str, net: Any = "mlp", *, seed: int = SEED, settings: Any = None, **case: Any
-) -> Result:
-    """Run a method on a toy; `case` goes to the request."""
-    scenario = case.pop("scenario", Scenario.RANDOM)
-    task = request(problem(net), scenario, **case)
-    return create(name, **(settings or {})).unlearn(original(net), task, seed)
-
-
-def state(result: Result) -> State:
-    return result.model.state_dict()
-
-
-def differing(one: State, other: State) -> list[str]:
-    assert one.keys() == other.keys()
-    return [name for name in one if not torch.equal(one[name], other[name])]
 
 
 # --------------------------------------------------------------------------- a model in closed form
 
 
-class Logistic(nn.Module):
-    """Softmax regression in float64."""
-
-    def __init__(self, columns: int, classes: int) -> None:
-        super().__init__()
-        self.head = nn.Linear(columns, classes).double()
-
-    def features(self, **inputs: Tensor) -> Tensor:
-        return inputs["features"].double()
-
-    def forward(self, **inputs: Tensor) -> Tensor:
-        return self.head(self.features(**inputs))
-
-
 def logistic_task(weights: Weights | None = None) -> tuple[Logistic, UnlearningTask, Rows]:
-    torch.manual_seed(0)
-    rows = problem("mlp").train
-    model = Logistic(rows.storage["features"].shape[1], 3)
+    rows, model = problem("mlp").train, Logistic()
     more = {"weights": weights} if weights else {}
     task = request(
         problem("mlp"), Scenario.RANDOM, recipe=PLAIN, fresh_model=lambda _: model, **more

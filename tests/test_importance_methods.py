@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from toy_runs import (
+    DOUBLE,
+    EIGHTHS,
+    PLAIN,
+    SEED,
+    Logistic,
+    State,
+    differing,
+    state,
+    table,
+    unlearn,
+)
 
 from unsc_plugin.conformance._toys import original, problem, request, split
 from unsc_plugin.errors import (
@@ -18,39 +29,14 @@ from unsc_plugin.errors import (
     NotApplicable,
     WeightsNotSupported,
 )
-from unsc_plugin.method import Result, UnlearningTask, Weights
+from unsc_plugin.method import UnlearningTask, Weights
 from unsc_plugin.methods import _per_sample as single
 from unsc_plugin.methods import fisher, ssd
 from unsc_plugin.registry import create
 from unsc_plugin.rows import Rows
-from unsc_plugin.spec import Recipe, Scenario, Split, derive
+from unsc_plugin.spec import Scenario, Split, derive
 
 torch.set_num_threads(1)
-
-SEED = 11
-DOUBLE = torch.float64
-PLAIN = Recipe(epochs=1, lr=0.3, momentum=0.0, weight_decay=0.0, batch_size=1000)
-EIGHTHS = Weights(torch.linspace(-1, 0.5, 13, dtype=DOUBLE).repeat(8)[:96])
-"""Soft weights that float32 holds exactly: steps of 1/8."""
-
-State = Mapping[str, Tensor]
-
-
-def unlearn(
-    name: str, net: Any = "mlp", *, seed: int = SEED, settings: Any = None, **case: Any
-) -> Result:
-    scenario = case.pop("scenario", Scenario.RANDOM)
-    task = request(problem(net), scenario, **case)
-    return create(name, **(settings or {})).unlearn(original(net), task, seed)
-
-
-def state(result: Result) -> State:
-    return result.model.state_dict()
-
-
-def differing(one: State, other: State) -> list[str]:
-    assert one.keys() == other.keys()
-    return [name for name in one if not torch.equal(one[name], other[name])]
 
 
 def guarded(net: Any = "mlp", **case: Any) -> UnlearningTask:
@@ -66,21 +52,6 @@ def apart(found: State, expected: State) -> float:
     return float(max(gaps)) / largest
 
 
-class Logistic(nn.Module):
-    """Softmax regression in float64 on a table."""
-
-    def __init__(self, columns: int = 6, classes: int = 3) -> None:
-        super().__init__()
-        self.head = nn.Linear(columns, classes).double()
-        draw = torch.randn(classes, columns + 1, generator=torch.Generator().manual_seed(0))
-        with torch.no_grad():
-            self.head.weight.copy_(draw[:, 1:])
-            self.head.bias.copy_(draw[:, 0])
-
-    def forward(self, **inputs: Tensor) -> Tensor:
-        return self.head(inputs["features"].double())
-
-
 class Branching(Logistic):
     """A model that looks at its values, which no batched gradient can do."""
 
@@ -88,19 +59,6 @@ class Branching(Logistic):
         if bool((inputs["features"] > 1e6).any()):
             return super().forward(**inputs) * 0
         return super().forward(**inputs)
-
-
-def table(weights: Weights | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return inputs and labels of all rows, and their weights r and a in the two streams."""
-    rows = problem("mlp").train
-    removal, multiplicity = torch.zeros(96).double(), torch.zeros(96).double()
-    if weights is None:
-        gone, kept = split(rows, Scenario.RANDOM)
-        removal[gone], multiplicity[kept] = 1, 1
-    else:
-        removal, multiplicity = weights.removal, weights.multiplicity
-    inputs = rows.gather(torch.arange(96)).inputs["features"].double()
-    return inputs, rows.labels, removal, multiplicity
 
 
 def squared_gradients(model: Logistic, inputs: Tensor, residual: Tensor) -> dict[str, Tensor]:

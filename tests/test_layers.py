@@ -44,9 +44,12 @@ MAY_IMPORT: dict[str, set[str]] = {
     "leaderboard": GROUND | {"linalg", "record", "metrics"},
     "pool": EVERYTHING - {"pool", "conformance"},
     "conformance": EVERYTHING - {"conformance"},
-    "adapters": EVERYTHING | {"adapters"},
+    "own_data": TRAINING - {"engine"} | {"models"},
+    "api": EVERYTHING | {"own_data"},
+    "adapters": EVERYTHING | {"adapters", "api", "own_data", "run"},
     "run": EVERYTHING,
     "bench": EVERYTHING | {"run"},
+    "pytest_plugin": {"conformance", "registry"},
     "cli": EVERYTHING | {"run", "bench", "adapters"},
 }
 """Module or folder of the package -> what it may import. A private module (`_name`) may import what
@@ -67,10 +70,12 @@ DOORS = {
     "typer": {"cli"},
     "ray": {"bench"},
     "fairlearn": {"metrics"},
+    "pytest": {"pytest_plugin"},
+    "huggingface_hub": {"adapters"},
 }
 """Library -> the modules that may import it, private modules of theirs included."""
 
-LIGHT = {"__init__", "errors", "spec", "registry", "cli"}
+LIGHT = {"__init__", "errors", "spec", "registry", "cli", "pytest_plugin"}
 HEAVY = {"torch", "timm", "transformers", "evaluate", "datasets", "accelerate", "sklearn", "pandas"}
 """Modules that `import unsc_plugin` and `unsc list` load, and what they must not load."""
 

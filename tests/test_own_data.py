@@ -173,6 +173,7 @@ BAD = {
     "number": (3, "expected a dataset, a loader or a pair .inputs, labels., got int"),
     "series": ((torch.rand(12, 4, 5), Y), "say modality="),
     "ragged": ([(X[:2], Y[:2]), (X[2:4, :, :3], Y[2:4])], "expected batches of one shape"),
+    "sizes": ([(X[0], 0), (X[1, :, :3], 1)], "expected items that make one batch, got stack"),
     "text": ([{"text": ["a", "b"], "label": Y[:2]}], "expected tensors beside the labels"),
     "foreign_name": ([{"label": Y, "x": X}], "expected an input called pixel_values or"),
 }

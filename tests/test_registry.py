@@ -141,8 +141,10 @@ def test_every_built_in_method_agrees_with_its_entry() -> None:
             continue
         kind = names.method_class(name)
         assert kind.name == name
-        assert kind.__module__ == f"unsc_plugin.methods.{name}"
         assert named.origin == "built-in"
+        suite, _, _ = name.partition("_")
+        homes = (f"unsc_plugin.methods.{name}", f"unsc_plugin.adapters.{suite}")
+        assert kind.__module__ in homes
 
 
 def test_every_built_in_preset_can_be_made() -> None:
@@ -162,7 +164,8 @@ def test_every_built_in_preset_can_be_made() -> None:
 def test_every_method_file_has_an_entry_of_its_name() -> None:
     folder = Path(registry.__file__).parent / "methods"
     files = {path.stem for path in folder.glob("[a-z]*.py")}
-    assert files == set(registry.load().methods)
+    entries = {name: named.entry.target for name, named in registry.load().methods.items()}
+    assert files == {name for name in entries if ".adapters." not in entries[name]}
 
 
 def test_defaults_name_things_that_exist() -> None:
@@ -417,6 +420,28 @@ def test_requirements_that_are_met(install: Callable[..., Path], requirement: st
     assert registry.load().methods["tuned"].status == "ok"
 
 
+@pytest.mark.parametrize("requirement", ["numpy>=1 | ${SAMPLE_HOME}", "nowhere | ${SAMPLE_HOME}"])
+def test_one_of_two_requirements_is_enough(
+    install: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, requirement: str
+) -> None:
+    monkeypatch.setenv("SAMPLE_HOME", "/somewhere")
+    requirement = requirement.replace("{", "{{").replace("}", "}}")
+    text = REGISTRY.replace("methods:\n", f"requires: ['{requirement}']\nmethods:\n", 1)
+    install(registry_yaml=text.format(package="p", module="sample_one"))
+    assert registry.load().methods["tuned"].status == "ok"
+
+
+def test_without_either_both_are_named(
+    install: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("SAMPLE_HOME", raising=False)
+    requirement = "requires: ['nowhere>=2 | ${{SAMPLE_HOME}}']\nmethods:\n"
+    text = REGISTRY.replace("methods:\n", requirement, 1)
+    install(registry_yaml=text.format(package="p", module="sample_one"))
+    reason = "nowhere>=2 is not installed and SAMPLE_HOME is not set"
+    assert registry.load().methods["tuned"].reason == reason
+
+
 def test_a_path_with_an_unset_variable_is_unavailable(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -548,6 +573,43 @@ def test_a_decorated_class_may_also_stand_in_a_registry_file(install: Callable[.
     install(methods=DECORATED)
     for _ in range(2):
         assert registry.load().create("tuned").name == "tuned"
+
+
+FUNCTION = """\
+from unsc_plugin.registry import register_method
+
+
+@register_method("tuned", scenarios=("class", "random"), deterministic=True)
+def Tuned(model, retain, *, rate: float = 0.5):
+    \"\"\"A method that is a function.\"\"\"
+    return model
+"""
+
+
+def test_a_decorated_function_may_stand_in_a_registry_file(install: Callable[..., Path]) -> None:
+    install(methods=FUNCTION)
+    for _ in range(2):
+        names = registry.load()
+        made = names.create("tuned", rate=0.25)
+        assert names.method_class("tuned") is type(made)
+        assert (made.needs, made.config.rate, made.deterministic) == ({Split.RETAIN}, 0.25, True)
+        assert names.methods["tuned"].origin == "sample-one 1.2"
+
+
+def test_a_plain_function_in_a_registry_file_is_told_what_it_lacks(
+    install: Callable[..., Path],
+) -> None:
+    install(methods=FUNCTION.replace("@register_method", "# @register_method"))
+    with pytest.raises(BrokenPlugin, match=r"sample-one 1\.2.*by @register_method"):
+        registry.load().create("tuned")
+
+
+def test_a_decorated_function_may_be_named_as_plugin(tmp_path: Path) -> None:
+    (tmp_path / "sample_function.py").write_text(FUNCTION)
+    sys.path.insert(0, str(tmp_path))
+    for _ in range(2):
+        made = registry.load(["sample_function:Tuned"]).create("tuned")
+        assert registry.config_table(type(made))[0]["type"] == "float"
 
 
 @pytest.mark.parametrize(

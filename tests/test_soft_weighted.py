@@ -7,6 +7,7 @@ are known beforehand.
 from __future__ import annotations
 
 import json
+import re
 from types import SimpleNamespace
 
 import numpy as np
@@ -48,7 +49,8 @@ from unsc_plugin.errors import (
 )
 from unsc_plugin.linalg import analytic_weights
 from unsc_plugin.methods._correction_settings import CorrectionConfig
-from unsc_plugin.methods._rounds import Course, Point, Request, follow
+from unsc_plugin.methods._ground import Point
+from unsc_plugin.methods._rounds import Course, Request, follow
 from unsc_plugin.methods._weight_planner import Effects, Plan, WeightMove
 from unsc_plugin.methods.constrained_step import StepMove
 from unsc_plugin.registry import create
@@ -880,12 +882,66 @@ def test_a_plan_that_goes_nowhere_is_a_noop_too():
 
 def test_strict_refuses_what_would_be_cut():
     impossible = {"target": 1.0, "eps_min": -0.1, "eps_max": 0.1}
-    with pytest.raises(InfeasibleError, match="lower target"):
+    with pytest.raises(InfeasibleError, match="lower target") as told:
         corrected(strict=True, **impossible)
-    assert plan_of(corrected(**impossible))["stop"] == "exhausted"
-    with pytest.raises(InfeasibleError):
+    plan = plan_of(corrected(**impossible))
+    assert plan["stop"] == "exhausted"
+    [best] = attainable_of(told)
+    # nine tenths of what is left, round by round: what came of it is nearly all that there is
+    removed = GAP - plan["planned"]["f"][0]
+    assert removed <= best <= removed + 0.02 * GAP
+    with pytest.raises(InfeasibleError) as told:
         corrected("soft_weighted.one_shot", strict=True, target=1.0)
+    assert attainable_of(told) == [pytest.approx(0.506083, abs=1e-6)]
+    assert "0.457674" in str(told.value)
+    assert "lower target (to 0.995, say)" in str(told.value)
+    with pytest.raises(InfeasibleError) as told:
+        corrected("soft_weighted.one_shot", strict=True, target=1.0, eps_max=0.0)
+    assert attainable_of(told) == [pytest.approx(0.254579, abs=1e-6)]
     corrected("soft_weighted.one_shot", strict=True, target=0.9)
+
+
+def attainable_of(told):
+    """Return the attainable improvements that an error names."""
+    found = re.search(r"A\* = ([-\d., e]+),", str(told.value))
+    return [float(one) for one in found[1].split(", ")]
+
+
+def test_strict_names_what_is_attainable_whatever_the_trust():
+    settings = {"target": 1.0, "trust": 0.05, "step": 1.0, "max_rounds": 1, "strict": True}
+    with pytest.raises(InfeasibleError, match="max_rounds") as told:
+        corrected(**settings)
+    assert attainable_of(told) == [pytest.approx(0.506083, abs=1e-6)]
+
+
+def test_strict_names_every_goal():
+    with pytest.raises(InfeasibleError) as told:
+        corrected(goals=["dp", "eop"], target=1.0, eps_min=-0.1, eps_max=0.1, strict=True)
+    best, plan = attainable_of(told), plan_of(
+        corrected(goals=["dp", "eop"], target=1.0, eps_min=-0.1, eps_max=0.1)
+    )  # fmt: skip
+    for most, size, left in zip(best, plan["gap"], plan["planned"]["f"], strict=True):
+        assert size - left - 1e-6 <= most < size
+
+
+def test_strict_counts_forced_deletions():
+    gone = torch.arange(40)
+    settings = {"target": 1.0, "eps_min": -1.0, "eps_max": 0.0, "step": 1.0, "max_rounds": 1}
+    with pytest.raises(InfeasibleError) as told:
+        corrected(task=request(gone), strict=True, trust=None, **settings)
+    e = np.zeros(N)
+    e[:40] = -1
+    theta = retrained(e)
+    gain, utility = bias.influences(TRAIN, VAL, theta, weight=1 + e)
+    free = linprog(-gain[40:], A_ub=-utility[None, 40:], b_ub=[0.0], bounds=(-1, 0), method="highs")
+    expected = GAP - bias.parity(VAL, theta) - free.fun
+    assert attainable_of(told) == [pytest.approx(expected, abs=1e-6)]
+
+
+def test_a_strict_constrained_step_names_what_it_got(monkeypatch):
+    monkeypatch.setattr(StepMove, "attainable", lambda move, asked, slack: 0.0)
+    with pytest.raises(InfeasibleError, match=r"A\* = 0"):
+        corrected("constrained_step", strict=True)
 
 
 def test_strict_accepts_what_is_reached_by_a_step_that_was_cut():

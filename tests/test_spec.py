@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
+from pydantic import BaseModel
 
 import unsc_plugin
 from unsc_plugin.errors import ConfigError
@@ -24,6 +25,7 @@ from unsc_plugin.spec import (
     ForgetSpec,
     Recipe,
     RegistryFile,
+    _models_in,
     canonical_json,
     derive,
     fingerprint,
@@ -303,6 +305,7 @@ methods:
     requires: [numpy]
     aliases: {mm: paper}
     known_as: {mubench: em}
+    beside: [retrain]
     defaults: {lr: 0.1}
     presets:
       paper: {args: {lr: 0.2}, where: {data: d}, source: paper, trials: 3, seeds: [1, 2]}
@@ -343,10 +346,18 @@ datasets:
     labels_sha256: d6d2fe5c7528f766adb2e13bf983d1e4707936c06b4ccf240ef3d2dcd72c986d
     license: mit
     mubench: dd
+    recipe: {epochs: 2}
+  p: {source: parquet, path: x, modality: tabular, columns: {group: age,
+    groups: [{name: young, high: 40.0}, {name: old, low: 40.0}]}}
 forget_sets:
   d/class-0: {kind: class, data: d, classes: [0], scenario: class, summary: A set}
   d/random: {kind: random, fraction: 0.1, seed: 3, stratified: true, row_order: hub}
   d/prefix: {kind: index_prefix, path: x.txt, ratio: 2.0, unit: percent_of_10}
+  d/subclass: {kind: subclass, column: fine, values: [a, b]}
+  d/count: {kind: random, n: 5}
+  d/rows: {kind: indices, indices: [1, 2]}
+  d/sequence: {kind: sequence, steps: [d/class-0, d/count]}
+  d/correction: {kind: correction, val_fraction: 0.25}
 """
 
 REQUIRED = {
@@ -420,6 +431,30 @@ def documents() -> dict[str, Document]:
 
 
 DOCUMENTS = documents()
+
+
+def used(model: type[BaseModel], tree: dict[str, Any], path: At = ()) -> Iterator[tuple[type, str]]:
+    """Yield model and key of every field that a tree gives, in it and in the models inside it."""
+    for name, info in model.model_fields.items():
+        key = info.alias or name
+        below = (*path, key)
+        if key not in tree:
+            continue
+        yield model, key
+        held = tree[key]
+        if pattern(below) in NAMED:
+            held, below = [*held.values()], (*below, "*")
+        for inner in _models_in(info.annotation):
+            for one in held if isinstance(held, list) else [held]:
+                yield from used(inner, one, below)
+
+
+def test_the_sample_has_every_field_of_every_entry() -> None:
+    given = set(used(RegistryFile, DOCUMENTS["sample"].tree))
+    models = {model for model, _ in given}
+    assert len(models) == 11
+    fields = {(m, i.alias or name) for m in models for name, i in m.model_fields.items()}
+    assert fields - given == set()
 
 
 def refused(document: Document, tree: Any) -> str:

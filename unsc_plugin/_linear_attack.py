@@ -1,12 +1,16 @@
-"""The worst case of a binary linear classifier, without a search."""
+"""Attacks of a binary linear classifier without a search: the worst case, and an overshoot."""
 
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from unsc_plugin._spaces import TINY, Norm
+from unsc_plugin._spaces import TINY, Inputs, Norm, open_space
 from unsc_plugin.errors import ConfigError, DataError, NotApplicable
+from unsc_plugin.runtime import quiet
+
+OVERSHOOT = 1.3
+"""How far beyond the boundary the published attack goes, as a multiple of the way there."""
 
 
 def linear_worst_case(
@@ -70,6 +74,58 @@ def _clipped(x: Tensor, delta: Tensor, lo: float, hi: float) -> Tensor:
             f"linear worst case: expected x within [{lo}, {hi}], got [{x.min()}, {x.max()}]"
         )
     return (x + delta).clamp(lo, hi) - x
+
+
+def linear_overshoot(
+    weight: Tensor, bias: Tensor | float, x: Tensor, factor: float = OVERSHOOT
+) -> Tensor:
+    """Return x' = x − ρ·(w·x + b)/|w|²·w: across the boundary of a linear classifier, no budget.
+
+    The margin w·x' + b is (1 − ρ) times that of x. So beyond ρ = 1 every prediction of that very
+    classifier turns over, whatever it is worth, and its accuracy becomes 1 less the clean one;
+    below ρ = 1 none does. Made once and kept, the points say nothing about another classifier.
+    Qiao et al., *Soft-Weighted Machine Unlearning* (AAAI 2026, arXiv 2505.18783), published code.
+
+    Args:
+        weight: w, of the shape of a row.
+        bias: b.
+        x: (n, ...).
+        factor: ρ.
+
+    >>> linear_overshoot(torch.tensor([2.0, 0.0]), -2.0, torch.tensor([[2.0, 5.0]]), factor=2.0)
+    tensor([[0., 5.]])
+    """
+    flat, w = x.flatten(1), weight.flatten().to(x)
+    margin = flat @ w + torch.as_tensor(bias).to(x)
+    squared = (w @ w).clamp(min=TINY**2)
+    return (flat - factor * (margin / squared)[:, None] * w).view_as(x)
+
+
+def linear_margin(model: nn.Module, inputs: Inputs) -> tuple[str, Tensor, Tensor]:
+    """Return the key of the inputs, and w, b with z₁ − z₀ = w·x + b for all rows of a classifier.
+
+    Raises:
+        NotApplicable: texts, more than two classes, or a margin that is not linear in the inputs.
+    """
+    space = open_space(model, inputs)
+    if space.key == "input_ids":
+        raise NotApplicable("linear margin: expected pixels or table columns, got texts")
+    x = space.x.detach().clone().requires_grad_()
+    with quiet(model), torch.enable_grad():
+        logits = model(**{**inputs, space.key: x})
+        if logits.shape[1:] != (2,):
+            raise NotApplicable(
+                f"linear margin: expected logits of two classes, got {tuple(logits.shape)}"
+            )
+        margin = logits[:, 1] - logits[:, 0]
+        slope = torch.autograd.grad(margin.sum(), x)[0]
+    weight = slope[0]
+    if not torch.allclose(slope, weight.expand_as(slope), rtol=1e-4, atol=1e-7):
+        raise NotApplicable(
+            f"linear margin: expected a classifier that is linear in its inputs, got "
+            f"{type(model).__name__}; attack with pgd, or classify features that are kept as inputs"
+        )
+    return space.key, weight, (margin[0] - (weight * x[0]).sum()).detach()
 
 
 def _require(weight: Tensor, x: Tensor, labels: Tensor, movable: Tensor | None, eps: float) -> None:

@@ -35,12 +35,13 @@ class Measured:
 
 @dataclass(frozen=True)
 class Sheet:
-    """What is shown: a title, numbers per split before and after, status and cost in words."""
+    """What is shown: a title, numbers per split before and after, status and cost, notes."""
 
     title: str
     before: Mapping[str, Measured]
     after: Mapping[str, Measured]
     closing: str
+    notes: tuple[str, ...] = ()
 
 
 def rows(found: Sheet) -> list[tuple[str, ...]]:
@@ -60,7 +61,9 @@ def rows(found: Sheet) -> list[tuple[str, ...]]:
 
 def table(found: Sheet) -> Table:
     """Return the table for a terminal."""
-    made = Table(title=found.title, caption=found.closing, title_justify="left")
+    made = Table(
+        title=found.title, caption="\n".join([found.closing, *found.notes]), title_justify="left"
+    )
     for number, name in enumerate(COLUMNS):
         made.add_column(name, justify="left" if number == 0 else "right")
     for cells in rows(found):
@@ -79,7 +82,7 @@ def text(found: Sheet) -> str:
         )
         for row in cells
     ]
-    return "\n".join([found.title, *lines, found.closing])
+    return "\n".join([found.title, *lines, found.closing, *found.notes])
 
 
 def html(found: Sheet) -> str:
@@ -92,7 +95,7 @@ def html(found: Sheet) -> str:
     return (
         f"<p><b>{escaping.escape(found.title)}</b></p>"
         f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
-        f"<p>{escaping.escape(found.closing)}</p>"
+        + "".join(f"<p>{escaping.escape(line)}</p>" for line in (found.closing, *found.notes))
     )
 
 

@@ -63,7 +63,20 @@ class Items:
         return len(self.dataset)
 
     def columns(self, positions: Sequence[int]) -> Columns:
-        return self.reader(self.collate([self.dataset[int(at)] for at in positions]))
+        """Return the columns of some items.
+
+        Raises:
+            DataError: items that do not fit into one batch.
+        """
+        items = [self.dataset[int(at)] for at in positions]
+        try:
+            batch = self.collate(items)
+        except (RuntimeError, TypeError) as error:
+            raise DataError(
+                f"{self.reader.split}: expected items that make one batch, got {error}; pad or "
+                "resize in the dataset, or give collate=..."
+            ) from None
+        return self.reader(batch)
 
 
 @dataclass(frozen=True)

@@ -176,6 +176,7 @@ class Unlearned:
             after=self.after,
             closing=f"{status}{kept}: {result.steps} steps, {seconds:.2f} s, "
             f"{result.work:,} rows of work",
+            notes=_notes(result.stats),
         )
 
     def __repr__(self) -> str:
@@ -186,6 +187,18 @@ class Unlearned:
 
     def _repr_html_(self) -> str:
         return _notebook.html(self._sheet)
+
+
+def _notes(stats: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return what a user must know beside the numbers: where a plan ended, warnings."""
+    notes = []
+    plan = stats.get("plan")
+    if isinstance(plan, Mapping):
+        missing = max(plan.get("shortfall") or [0.0])
+        lacking = f"; {100 * missing:.0f} % of a gap is missing" if missing > 0 else ""
+        notes.append(f"plan stopped: {plan['stop']}{lacking}")
+        notes += [f"warning: {plan['warning']}"] if "warning" in plan else []
+    return (*notes, *(f"warning: {text}" for text in stats.get("warnings", [])))
 
 
 def unlearn(

@@ -19,6 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from unsc_plugin._linear_attack import linear_margin as linear_margin
+from unsc_plugin._linear_attack import linear_overshoot as linear_overshoot
 from unsc_plugin._linear_attack import linear_worst_case as linear_worst_case
 from unsc_plugin._spaces import TINY, Inputs, boxed, in_box, lengths, masked, picked, scaled, spread
 from unsc_plugin._spaces import Norm as Norm

@@ -1,4 +1,4 @@
-"""`unsc`: list, show, run, bench, board, check. Tables on stdout, everything else on stderr.
+"""`unsc`: list, show, run, bench, board, check, export. Tables on stdout, the rest on stderr.
 
 Exit codes: 0 done; 1 ran, but a run failed or diverged, a check failed, or a verification did not
 match; 2 usage; 3 something optional is missing; 4 version outside a window; 130 interrupted.
@@ -12,13 +12,14 @@ import os
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
 from unsc_plugin import __version__
-from unsc_plugin._cli import arguments, flags, views
+from unsc_plugin._cli import arguments, export, flags, lists, views
 from unsc_plugin._cli.console import complain, emit, err, line, out, say, state
 from unsc_plugin.errors import (
     ConfigError,
@@ -34,12 +35,14 @@ if TYPE_CHECKING:
     from unsc_plugin.method import UnlearningMethod
     from unsc_plugin.record import Record
     from unsc_plugin.registry import Registry
-    from unsc_plugin.run import Setting, Unit
+    from unsc_plugin.run import Finished, Setting, Unit
     from unsc_plugin.spec import Experiment
 
 app = typer.Typer(
     name="unsc",
     help="Machine unlearning for any timm or Hugging Face classifier, measured against retraining.",
+    epilog="Exit codes: 0 done; 1 ran, but a run, a check or a verification failed; 2 usage; "
+    "3 something optional is missing; 4 version outside a window; 130 interrupted.",
     no_args_is_help=True,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
@@ -49,6 +52,7 @@ board_app = typer.Typer(
     name="board", help="Leaderboards from records: build, verify.", no_args_is_help=True
 )
 app.add_typer(board_app)
+app.add_typer(export.app)
 
 
 def _version(value: bool) -> None:
@@ -93,18 +97,20 @@ def list_(
     quiet: flags.Quiet = False,
     debug: flags.Debug = False,
 ) -> None:
-    """List names: methods, backbones, datasets, forget-sets, metrics or boards."""
+    """List what can be named: methods, backbones, data sets, forget sets, and more."""
     state.add(plugin, as_json, quiet, debug)
     if what not in flags.LISTS:
         raise UnknownName("list", what, flags.LISTS, f"one of: {', '.join(flags.LISTS)}")
     registry = _registry()
-    rows = views.list_rows(registry, what)
+    rows = lists.list_rows(registry, what)
     shown = [row for row in rows if show_all or row["status"] != "unavailable"]
+    if what == "adapters":  # few, and the reason is what one asks for
+        shown = rows
     if state.as_json:
         emit(shown)
     else:
         if shown:
-            views.show_list(what, shown)
+            lists.show_list(what, shown)
         _say_what_is_not_shown(what, len(rows) - len(shown), len(rows))
     if strict and registry.broken:
         raise typer.Exit(1)
@@ -195,6 +201,7 @@ def run(
     trajectory: flags.Trajectory = False,
     metrics: flags.Metrics = "core,mia",
     mubench_orig: flags.MubenchOrig = "measured",
+    layout: flags.Layout = "unsc",
     allow_foreign_order: flags.AllowForeignOrder = False,
     device: flags.Device = "auto",
     precision: flags.Precision = "fp32",
@@ -233,6 +240,9 @@ def run(
         )
         for one in tried
     ]
+    every = [arguments.in_layout(layout, one) for one in every]
+    if layout == "mubench":
+        groups = tuple(dict.fromkeys((*groups, "mubench")))
     chosen = every[0]
     makers = [registry.create(one.method, **one.set) for one in every]
     maker = makers[0]
@@ -285,7 +295,7 @@ def run(
         )
         watch.epochs = dict.fromkeys(("original", "retrained"), setting.recipe.epochs)
         unit = pipeline.Unit(EntrySpec(method=chosen.method, set=chosen.set))
-        _check_before_training(setting, unit, maker)
+        _check_before_training(setting, unit, maker, layout)
         if preflight:
             methods = {_label(one): made for one, made in zip(every, makers, strict=True)}
             _diagnose(setting, unit, methods, shown=place.is_main_process)
@@ -294,7 +304,8 @@ def run(
         original = pipeline.evaluate_original(setting, unit)
     if not place.is_main_process:
         return
-    pipeline.write_run(finished, folder)
+    also = partial(_mubench_files, finished, setting) if layout == "mubench" else None
+    pipeline.write_run(finished, folder, also)
     if state.as_json:
         emit(finished.record.model_dump(mode="json", by_alias=True))
     else:
@@ -302,6 +313,19 @@ def run(
     if finished.record.status != "ok":
         complain(f"{finished.record.status}: {finished.record.reason}")
         raise typer.Exit(1)
+
+
+def _mubench_files(finished: Finished, setting: Setting, folder: Path) -> None:
+    """Write what MU-Bench leaves in a run folder, if the run has a forget set and ended well."""
+    from unsc_plugin.adapters import mubench
+
+    frame, outputs = setting.frame(0), finished.outputs
+    if outputs is None:
+        return
+    rows = {"test": frame.test, "df": frame.forget, "dr": frame.retain_eval}
+    logits = {"test": outputs.test, "df": outputs.forget, "dr": outputs.retain_eval}
+    labels = {split: one.labels.numpy() for split, one in rows.items()}
+    mubench.write_run(folder, finished.record, logits, finished.model, labels=labels)
 
 
 def _check_diagnosis(method: UnlearningMethod) -> None:
@@ -332,9 +356,13 @@ def _diagnose(
         views.show_preflight(label, one)
 
 
-def _check_before_training(setting: Setting, unit: Unit, method: UnlearningMethod) -> None:
+def _check_before_training(
+    setting: Setting, unit: Unit, method: UnlearningMethod, layout: str
+) -> None:
     """Find what cannot work before the original and the retrained models are trained for it."""
     request = setting.request(unit.draw)
+    if layout == "mubench" and not request.n:
+        raise ConfigError("--layout mubench: expected a forget set, got a goal; use --layout unsc")
     if request.steps and setting.evaluation.trajectory:
         say("--trajectory is for a single request; a sequence is measured after each of its own")
     for step in request.steps or (request,):
@@ -429,7 +457,7 @@ def bench_(
     there = len(wanted) - len(todo)
     todo = todo[:limit]
     if dry_run:
-        _plan(opened, len(wanted), there, todo, found)
+        _plan(opened, registry, len(wanted), there, todo, found)
         return
     arguments.place(device, precision)
     arguments.writable("--out", opened.results)
@@ -510,19 +538,54 @@ def _run_units(opened: Board, todo: Sequence[Job], workers: int, ray: bool) -> l
 
 
 def _plan(
-    opened: Board, units: int, finished: int, todo: Sequence[Job], found: Sequence[Record]
+    opened: Board,
+    registry: Registry,
+    units: int,
+    finished: int,
+    todo: Sequence[Job],
+    found: Sequence[Record],
 ) -> None:
-    spec, how = opened.spec, opened.spec.evaluation
-    per_draw = how.reference_pool + how.train_seeds * any(e.method == "retrain" for e in spec.rows)
-    trainings = len(spec.scenarios) * (how.train_seeds + how.draws * per_draw)
     known = [r.cost.get("seconds_prepare", 0) + r.cost.get("seconds_unlearn", 0) for r in found]
     estimate = len(todo) * sum(known) / len(known) if known else None
     tree = {
-        "board": spec.name, "units": units, "finished": finished,
-        "to_run": [job.label for job in todo], "trainings_at_most": trainings,
+        "board": opened.spec.name, "units": units, "finished": finished,
+        "to_run": [job.label for job in todo], "trainings_at_most": _trainings(opened, registry),
         "unlearning_seconds_estimate": estimate,
     }  # fmt: skip
     _present(tree, views.show_plan)
+
+
+def _trainings(opened: Board, registry: Registry) -> int:
+    """Return how many originals and retrained models a board trains at most.
+
+    Corrections have no pool: an original per draw where validation rows are taken from its data,
+    and an oracle for every plan of weights.
+    """
+    from unsc_plugin import run as pipeline
+    from unsc_plugin.spec import CorrectionSpec
+
+    spec, how = opened.spec, opened.spec.evaluation
+    oracles = (how.correction or CorrectionSpec()).oracle
+    methods = [registry.create(row.method, **row.set) for row in spec.rows]
+    weigh = sum(bool(method.parts) for method in methods)
+    retrain = sum(
+        "retrain" in (method.name, *(part.name for part in method.parts.values()))
+        for method in methods
+    )
+    count = 0
+    for scenario in spec.scenarios:
+        names = pipeline.resolve(
+            registry,
+            data_name=scenario.data,
+            model_name=scenario.model,
+            forget_sets=scenario.forget,
+        )
+        if any(one.kind == "correction" for one in names.forget):
+            count += how.train_seeds * how.draws * (1 + retrain + oracles * weigh)
+        else:
+            per_draw = how.reference_pool + how.train_seeds * bool(retrain)
+            count += how.train_seeds + how.draws * per_draw
+    return count
 
 
 def _show_board(opened: Board, built: Leaderboard, ran: int) -> None:

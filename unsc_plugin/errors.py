@@ -89,6 +89,12 @@ class CheckpointError(UnscError, ValueError):
     """Weights on disk that are truncated, unsafe or of another model."""
 
 
+class RoundTripFailed(CheckpointError):
+    """An exported model that gives other logits when it is read again; nothing was kept."""
+
+    exit_code = 1
+
+
 class RecordError(UnscError, ValueError):
     """A record that is corrupted, incomplete or duplicated."""
 

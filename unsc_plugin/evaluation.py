@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from unsc_plugin import _correction_numbers as correction_numbers
 from unsc_plugin import engine
+from unsc_plugin._correction_numbers import Perturbations as Perturbations
 from unsc_plugin.data import Splits
 from unsc_plugin.errors import CacheMismatch, DataError, DivergedError
 from unsc_plugin.forget import Request
@@ -235,9 +236,17 @@ _LOGITS = ("forget", "retain_eval", "test")
 
 
 def observe(
-    model: nn.Module, frame: Frame, *, relearn_seed: int, device: Any = None, relearn: bool = True
+    model: nn.Module,
+    frame: Frame,
+    *,
+    relearn_seed: int,
+    device: Any = None,
+    relearn: bool = True,
+    transferred: Perturbations | None = None,
 ) -> Outputs:
     """Return what `model` does on `frame`; the model is left as it was.
+
+    `transferred` is what :func:`perturbations` found against another model, for a correction.
 
     Raises:
         DivergedError: a logit is not finite.
@@ -248,9 +257,14 @@ def observe(
             continue
         logits[name] = _finite_logits(model, getattr(frame, name), name, device).numpy()
     if frame.kind == "correction":
-        seed = derive(frame.seed, "robustness", frame.draw)
         numbers = correction_numbers.robustness(
-            model, frame.test, logits["test"], frame.correction, seed, device
+            model,
+            frame.test,
+            logits["test"],
+            frame.correction,
+            _attack_seed(frame),
+            device,
+            transferred,
         )
         return Outputs(forget=logits["test"][:0], **logits, numbers=numbers)
     numbers = {}
@@ -262,6 +276,22 @@ def observe(
     if relearn:
         numbers |= _relearnt(model, frame, relearn_seed, device)
     return Outputs(**logits, numbers=numbers)
+
+
+def perturbations(model: nn.Module, frame: Frame, device: Any = None) -> Perturbations | None:
+    """Return what the attack of a correction adds to the test rows against `model`; None without.
+
+    The same draws of the attack as in :func:`observe`.
+    """
+    if frame.kind != "correction":
+        return None
+    return correction_numbers.perturbations(
+        model, frame.test, frame.correction, _attack_seed(frame), device
+    )
+
+
+def _attack_seed(frame: Frame) -> int:
+    return derive(frame.seed, "robustness", frame.draw)
 
 
 def _finite_logits(model: nn.Module, rows: Rows, name: str, device: Any) -> Tensor:
@@ -387,7 +417,7 @@ def _corrected(subject: Outputs, pool: Sequence[Outputs], frame: Frame) -> Evalu
     own["nll_prior"] = pareto.prior_nll(frame.test.labels.numpy())
     own["acc_retain"] = accuracy(subject.retain_eval, frame.retain_eval.labels, split="retain")
     if spec.attack is not None and not subject.numbers:
-        missing |= dict.fromkeys(("robust_acc", "robust_nll"), "these inputs cannot be attacked")
+        missing |= dict.fromkeys(correction_numbers.ATTACKED, "these inputs cannot be attacked")
     reference: dict[str, float] = {}
     if pool:
         reference = correction_numbers.numbers(pool[0].test, frame.test, spec)[0]

@@ -8,6 +8,7 @@ a distance in pixels for every backbone.
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -33,10 +34,13 @@ __all__ = [
     "INPUT_KEYS",
     "Classifier",
     "build",
+    "library_of",
     "load_checkpoint",
     "load_model",
+    "load_native",
     "resolve",
     "save_model",
+    "save_native",
     "save_weights",
     "state_sha256",
     "tokenizer_for",
@@ -44,6 +48,7 @@ __all__ = [
 ]
 
 Source = Literal["timm", "hf", "hf-config", "torch"]
+Library = Literal["transformers", "timm", "unsc_plugin", "torch"]
 HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?$")
 LOCAL = "local-dir:"
 DESCRIPTION = "unsc_model.json"
@@ -361,3 +366,88 @@ def _published(entry: BackboneEntry) -> dict[str, Any]:
 
         return hf_models.published(entry.id)
     return {} if entry.modality is None else {"modality": entry.modality}
+
+
+# --------------------------------------------------------------------------- folders of others
+
+
+def library_of(model: Classifier) -> Library:
+    """Return which library builds `model` again from a folder alone.
+
+    `torch` is for a wrapped module of the user's own: only its weights can be kept.
+    """
+    if model.origin is not None:
+        entry = model.origin.entry
+        if entry.source in ("hf", "hf-config"):
+            return "transformers"
+        return "timm" if entry.source == "timm" and entry.stem == "native" else "unsc_plugin"
+    from unsc_plugin._backbones import hf_folders, timm_models
+
+    if hf_folders.can_rebuild(model.backbone, model.modality):
+        return "transformers"
+    return "timm" if timm_models.can_rebuild(model.backbone) else "torch"
+
+
+def save_native(
+    model: Classifier,
+    folder: Path,
+    *,
+    size: tuple[int, int] | None = None,
+    tokenizer: Any = None,
+) -> Library:
+    """Write `model` as the library that can build it again reads it, and return that library.
+
+    transformers: `save_pretrained` with an image processor or the tokenizer; timm: `save_for_hf`
+    with a configuration that is true of this model; unsc_plugin: :func:`save_model`; torch: the
+    weights under the names of the wrapped module. All weights are safetensors.
+
+    Args:
+        model: the classifier.
+        folder: an existing one.
+        size: (height, width) of the images, where the classifier does not resize them.
+        tokenizer: what made the token ids, if the model reads texts.
+    """
+    library = library_of(model)
+    if library == "timm":
+        from unsc_plugin._backbones import timm_models
+
+        names = model.origin.info.class_names if model.origin is not None else ()
+        timm_models.save(model, folder, size=size, class_names=names)
+        return library
+    if library == "unsc_plugin":
+        save_model(model, folder)
+    elif library == "torch":
+        save_weights(model.backbone, folder / WEIGHTS)
+    if library == "transformers" or tokenizer is not None:
+        from unsc_plugin._backbones import hf_folders
+
+        if library == "transformers":
+            hf_folders.save(model, folder, size=size, tokenizer=tokenizer)
+        else:
+            hf_folders.save_tokenizer(tokenizer, folder)
+    return library
+
+
+def load_native(folder: Path, like: Classifier) -> Classifier:
+    """Return a copy of `like` whose backbone is what its own library alone reads from `folder`.
+
+    Raises:
+        CheckpointError: weights that do not fit.
+    """
+    library = library_of(like)
+    if library == "unsc_plugin":
+        return load_model(folder)
+    twin = copy.deepcopy(like).cpu()
+    if library == "torch":
+        for tensor in twin.state_dict().values():
+            tensor.zero_()
+        load_checkpoint(twin, folder / WEIGHTS)
+    elif library == "timm":
+        from unsc_plugin._backbones import timm_models
+
+        twin.backbone = timm_models.load(folder)
+    else:
+        from unsc_plugin._backbones import hf_folders
+
+        twin.backbone = hf_folders.load(folder, like.backbone, like.modality)
+    return twin.eval()

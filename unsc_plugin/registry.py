@@ -258,7 +258,7 @@ def _is_listed(registry: Registry, named: Named) -> bool:
     if held is None or not isinstance(held.entry, MethodEntry):
         return False
     module, _, attribute = held.entry.target.partition(":")
-    return getattr(sys.modules.get(module), attribute, None) is named.target
+    return decorated(getattr(sys.modules.get(module), attribute, None)) is named.target
 
 
 @lru_cache(maxsize=1)
@@ -279,18 +279,28 @@ def _merge(registry: Registry, file: RegistryFile, origin: str, source: str) -> 
 
 
 def _unmet(requirements: Sequence[str]) -> str:
+    """Return what is unmet; `a | b` is met by either, `${NAME}` by a variable that is set."""
     for text in requirements:
-        try:
-            requirement = Requirement(text)
-            if requirement.marker and not requirement.marker.evaluate():
-                continue
-            installed = metadata.version(requirement.name)
-        except InvalidRequirement:
-            return f"{text!r} is no requirement"
-        except metadata.PackageNotFoundError:
-            return f"{text} is not installed"
-        if not requirement.specifier.contains(installed, prereleases=True):
-            return f"{text} wanted, {installed} installed"
+        faults = [_fault(one.strip()) for one in text.split("|")]
+        if all(faults):
+            return " and ".join(faults)
+    return ""
+
+
+def _fault(text: str) -> str:
+    if text.startswith("$"):
+        return _unset_variables(text)
+    try:
+        requirement = Requirement(text)
+        if requirement.marker and not requirement.marker.evaluate():
+            return ""
+        installed = metadata.version(requirement.name)
+    except InvalidRequirement:
+        return f"{text!r} is no requirement"
+    except metadata.PackageNotFoundError:
+        return f"{text} is not installed"
+    if not requirement.specifier.contains(installed, prereleases=True):
+        return f"{text} wanted, {installed} installed"
     return ""
 
 
@@ -434,6 +444,7 @@ def register_method(
                 deterministic=deterministic,
             )
             kind.__name__ = kind.__qualname__ = target.__name__.strip("<>")  # a lambda's has them
+            target.__dict__["unlearning_method"] = kind
         elif name is not None and getattr(kind, "name", name) != name:
             raise ConfigError(f"registered as {name!r}, but the class says name = {kind.name!r}")
         else:
@@ -444,6 +455,11 @@ def register_method(
         return target
 
     return register
+
+
+def decorated(target: Any) -> Any:
+    """Return the method class that :func:`register_method` made of a function, or `target`."""
+    return getattr(target, "unlearning_method", target) if inspect.isfunction(target) else target
 
 
 def _named_of(kind: type, origin: str, summary: str = "") -> Named:
@@ -467,7 +483,7 @@ def _named_of(kind: type, origin: str, summary: str = "") -> Named:
 def _import_target(target: str, named: Named) -> Any:
     module, _, attribute = target.partition(":")
     try:
-        return getattr(importlib.import_module(module), attribute)
+        return decorated(getattr(importlib.import_module(module), attribute))
     except Exception as error:
         where = target if target == named.origin else f"{named.origin}: {target}"
         raise BrokenPlugin(f"{where}: {_line(error)}; install it, or correct the target") from error
@@ -479,7 +495,10 @@ def _agrees(found: Any, named: Named) -> None:
     entry = named.entry
     assert isinstance(entry, MethodEntry)
     if not (inspect.isclass(found) and issubclass(found, UnlearningMethod)):
-        raise BrokenPlugin(f"{named.origin}: {entry.target} is no subclass of UnlearningMethod")
+        raise BrokenPlugin(
+            f"{named.origin}: {entry.target} is no subclass of UnlearningMethod; a function becomes"
+            " a method by @register_method('name')"
+        )
     facts = {
         "name": (named.name, found.name),
         "needs": (_sorted(entry.needs), _sorted(found.needs)),
@@ -528,9 +547,13 @@ def config_table(kind: type) -> list[dict[str, Any]]:
     return [
         {
             "name": f.name,
-            "type": str(f.type).replace("typing.", ""),
+            "type": _type_word(f.type),
             "default": f.default,
             "meaning": f.metadata.get("meaning", ""),
         }
         for f in dataclasses.fields(kind.Config)  # type: ignore[attr-defined]
     ]
+
+
+def _type_word(kind: Any) -> str:
+    return kind.__name__ if isinstance(kind, type) else str(kind).replace("typing.", "")

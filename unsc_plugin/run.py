@@ -30,7 +30,7 @@ from unsc_plugin import data, engine, evaluation, forget, models, record
 from unsc_plugin._curves import Rounds, Trajectory
 from unsc_plugin.data import Splits
 from unsc_plugin.errors import ConfigError, DivergedError, UnscError
-from unsc_plugin.evaluation import GROUPS, Evaluation, Frame, Outputs
+from unsc_plugin.evaluation import GROUPS, Evaluation, Frame, Outputs, Perturbations
 from unsc_plugin.forget import Request
 from unsc_plugin.method import (
     Budget,
@@ -92,6 +92,7 @@ class Setting:
     _requests: dict[int, Request] = field(default_factory=dict)
     _frames: dict[int, Frame] = field(default_factory=dict)
     _references: dict[int, list[tuple[Member, Outputs]]] = field(default_factory=dict)
+    _transferred: dict[tuple[int, int], Perturbations | None] = field(default_factory=dict)
 
     # -- the parts of a unit
 
@@ -192,6 +193,18 @@ class Setting:
             )
         self._references[draw] = found
         return found
+
+    def transferred(self, unit: Unit, original: nn.Module) -> Perturbations | None:
+        """Return what the attack of a correction makes against the original of a unit, if any.
+
+        Kept for the units that follow with the same original and draw.
+        """
+        key = unit.train_seed, unit.draw
+        if key not in self._transferred:
+            self._transferred.clear()
+            found = evaluation.perturbations(original, self.frame(unit.draw), self.pool.device)
+            self._transferred[key] = found
+        return self._transferred[key]
 
     def task(
         self, request: Request, progress: Callable[[Progress], None] | None, **more: Any
@@ -430,7 +443,11 @@ def _run(setting: Setting, unit: Unit) -> Finished:
     try:
         with sealed(relearn_seed):
             outputs = evaluation.observe(
-                result.model, frame, relearn_seed=relearn_seed, device=setting.pool.device
+                result.model,
+                frame,
+                relearn_seed=relearn_seed,
+                device=setting.pool.device,
+                transferred=setting.transferred(unit, original),
             )
     except DivergedError as error:
         return Finished(recorded("diverged", reason=str(error)))
@@ -758,6 +775,7 @@ def command_of(setting: Setting, unit: Unit) -> str:
             words += ["--recipe", f"{key}={json.dumps(value)}"]
     words += ["--reference-pool", str(setting.evaluation.reference_pool)]
     words += ["--metrics", ",".join(setting.groups)]
+    words += ["--layout", "mubench"] if setting.evaluation.retain_eval == "all" else []
     words += ["--trajectory"] if setting.evaluation.trajectory else []
     if setting.pool.micro_batches > 1:
         words += ["--micro-batches", str(setting.pool.micro_batches)]
@@ -784,10 +802,13 @@ def run_id(method: str, data_name: str, model: str, forget_text: str, seed: int)
     return "--".join([*clean, f"s{seed}"])
 
 
-def write_run(finished: Finished, folder: Path) -> Path:
+def write_run(
+    finished: Finished, folder: Path, also: Callable[[Path], object] | None = None
+) -> Path:
     """Write `record.json`, `outputs.safetensors` and `model.safetensors`; all appear at once.
 
-    A correction by weights also leaves them there, as `weights.safetensors`.
+    A correction by weights also leaves them there, as `weights.safetensors`. `also` may add more
+    files to the folder before it appears.
 
     Raises:
         ConfigError: the folder exists.
@@ -806,6 +827,8 @@ def write_run(finished: Finished, folder: Path) -> Path:
             models.save_weights(finished.model, scratch / "model.safetensors")
         if finished.weights is not None:
             finished.weights.save(scratch / "weights.safetensors")
+        if also is not None:
+            also(scratch)
         (scratch / "record.json").write_text(record.dumps(finished.record), encoding="utf-8")
         scratch.chmod(0o755)  # made private by mkdtemp
         os.replace(scratch, folder)

@@ -20,8 +20,8 @@ EXPECTED = [
     "mubench.overall_v1", "mubench.unlearn_time", "acc", "nll", "nll_prior",
     "dp_soft", "dp_diff", "dp_ratio",
     "eop_soft", "eop_diff", "eo_diff", "worst_group_acc", "group_acc_gap", "robust_acc",
-    "robust_nll", "oracle_js", "oracle_agree", "oracle_gap_diff", "S", "a_J", "a_P", "a_L", "a_H",
-    "a_C", "u",
+    "robust_nll", "transfer_acc", "oracle_js", "oracle_agree", "oracle_gap_diff", "S", "a_J", "a_P",
+    "a_L", "a_H", "a_C", "u",
 ]  # fmt: skip
 
 

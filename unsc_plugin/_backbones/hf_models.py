@@ -172,7 +172,8 @@ def published(name: str) -> dict[str, Any]:
     if modality == "image":
         size = _published_pixels(name, config)[2]
         return fields | {"input_shape": (getattr(config, "num_channels", 3), *size)}
-    tokens = min(128, _positions(config) or 128)
+    reserved = (config.pad_token_id or 0) + 2  # some families count positions from pad + 1
+    tokens = max(1, min(128, (_positions(config) or 512) - reserved))
     return fields | {
         "input_shape": (tokens,),
         "vocab_size": config.vocab_size,
@@ -187,7 +188,7 @@ def _random(
     entry: BackboneEntry, info: DataInfo, settings: Mapping[str, Any], size: Size | None
 ) -> Classifier:
     try:
-        with _quiet():
+        with quiet():
             config = CONFIG_MAPPING[entry.id](**settings, **_labels(info))
     except (ValueError, TypeError) as error:
         reason = str(error).strip().splitlines()[0][:200]
@@ -343,7 +344,7 @@ def _from_hub(entry: BackboneEntry, info: DataInfo, config: Any, pretrained: boo
 
 def _with_weights(name: str, config: Any, modality: str) -> nn.Module:
     try:
-        with _quiet():
+        with quiet():
             backbone, report = AUTO[modality].from_pretrained(
                 name,
                 config=config,
@@ -368,8 +369,7 @@ def _with_weights(name: str, config: Any, modality: str) -> nn.Module:
             f"hf:{name}: expected weights of every layer of {type(backbone).__name__}, found none "
             f"for {', '.join(lost[:4])} and {max(0, len(lost) - 4)} more; check the folder"
         )
-    model: nn.Module = backbone.float()
-    return model
+    return in_own_memory(backbone.float())
 
 
 def _published_pixels(name: str, config: Any) -> tuple[tuple[float, ...], tuple[float, ...], Size]:
@@ -401,7 +401,7 @@ def _side(size: Any) -> Size:
 def _from_config(config: Any, modality: str) -> nn.Module:
     if config.architectures is None:  # types with several classifiers are looked up by this list
         config.architectures = []
-    with _quiet():
+    with quiet():
         model: nn.Module = AUTO[modality].from_config(config, attn_implementation="eager")
     return model.float()
 
@@ -438,11 +438,26 @@ def _text_example(info: DataInfo, settings: Mapping[str, Any]) -> dict[str, Tens
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Hush the report of newly initialised heads: a new head is what was asked for."""
-    before = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()
+def quiet() -> Iterator[None]:
+    """Hush progress bars, and the report of newly initialised heads: a new head was asked for."""
+    logging = transformers.utils.logging
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
     try:
         yield
     finally:
-        transformers.logging.set_verbosity(before)
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def in_own_memory(module: nn.Module) -> nn.Module:
+    """Return `module` with its weights copied out of the file that they were mapped from.
+
+    There they start at any address, and kernels round differently at an odd one: the same weights
+    would give other bits.
+    """
+    for tensor in (*module.parameters(), *module.buffers()):
+        tensor.data = tensor.data.clone()
+    return module

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +69,8 @@ def _stored(folder: Path) -> dict[str, Any]:
             f"{folder}: expected a timm folder (config.json with num_classes and pretrained_cfg, "
             f"model.safetensors), got {error!r}; export it with timm.models.save_for_hf"
         ) from None
-    return {"input_shape": shape, "num_classes": classes}
+    arguments = stored.get("model_args") or {}
+    return {"input_shape": shape, "num_classes": classes, "model_args": arguments}
 
 
 def build(entry: BackboneEntry, info: DataInfo, *, seed: int, pretrained: bool) -> Classifier:
@@ -170,6 +172,94 @@ def _create(name: str, arguments: dict[str, Any], size: Size | None, pretrained:
             "them once online, or give a local folder"
         ) from None
     return model
+
+
+def save(
+    model: Classifier, folder: Path, *, size: Size | None = None, class_names: Sequence[str] = ()
+) -> None:
+    """Write a folder that plain timm reads: `timm.create_model("local-dir:...", pretrained=True)`.
+
+    The configuration says how pixels are brought in by this classifier; what it said of the weights
+    that it once started from is left out. `size` is (height, width) of the images where the
+    classifier does not resize them.
+    """
+    backbone: Any = model.backbone
+    before = backbone.pretrained_cfg
+    backbone.pretrained_cfg = _corrected(before, model.pixels, size)
+    more = {"label_names": list(class_names)} if class_names else {}
+    try:
+        timm.models.save_for_hf(
+            backbone,
+            str(folder),
+            model_config=more,
+            model_args=_building_arguments(model, backbone.pretrained_cfg),
+            safe_serialization=True,
+        )
+    finally:
+        backbone.pretrained_cfg = before
+
+
+def load(folder: Path) -> nn.Module:
+    """Return the model of a folder as plain timm reads it."""
+    model: nn.Module = timm.create_model(f"{LOCAL}{folder.resolve()}", pretrained=True)
+    return model.eval()
+
+
+def can_rebuild(module: nn.Module) -> bool:
+    """Return whether plain timm builds a module of these names and shapes again."""
+    settings = getattr(module, "pretrained_cfg", None)
+    if not isinstance(settings, Mapping) or not timm.is_model(settings.get("architecture", "")):
+        return False
+    arguments = {"num_classes": getattr(module, "num_classes", None)}
+    arguments |= getattr(module, "_model_args", {})  # kept by newer versions of timm
+    try:
+        twin = timm.create_model(settings["architecture"], **arguments)
+    except (TypeError, ValueError, RuntimeError, AssertionError):
+        return False
+    shapes = [{k: t.shape for k, t in one.state_dict().items()} for one in (module, twin)]
+    return shapes[0] == shapes[1]
+
+
+def _corrected(
+    settings: Mapping[str, Any], pixels: Pixels | None, size: Size | None
+) -> dict[str, Any]:
+    """Return a model's settings without what is only true of the weights it started from."""
+    kept = {key: value for key, value in settings.items() if key not in _OF_OLD_WEIGHTS}
+    channels = kept["input_size"][0]
+    if pixels is not None:
+        size, channels = pixels.size or size, pixels.channels
+        mean, std = pixels.statistics
+        kept |= {"mean": tuple(mean), "std": tuple(std)}
+    if size is not None:
+        kept["input_size"] = (channels, *size)
+    return kept | {"interpolation": "bilinear", "crop_pct": 1.0}
+
+
+def _building_arguments(model: Classifier, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what the architecture was built with besides the number of classes."""
+    channels, *sides = settings["input_size"]
+    arguments: dict[str, Any] = {"in_chans": channels}
+    if model.origin is None:
+        return {}  # newer versions of timm have kept them; without any, the defaults are meant
+    entry = model.origin.entry
+    if entry.id.startswith(LOCAL):
+        arguments |= _stored(Path(entry.id.removeprefix(LOCAL)))["model_args"]
+    arguments |= entry.args
+    architecture = settings["architecture"]
+    side = sides[0] if sides[0] == sides[1] else tuple(sides)
+    try:
+        timm.create_model(architecture, **arguments, img_size=side)
+    except TypeError:
+        return arguments
+    return arguments | {"img_size": side}
+
+
+_OF_OLD_WEIGHTS = {
+    *("tag", "url", "file", "hf_hub_id", "hf_hub_filename", "source", "state_dict"),
+    *("test_input_size", "test_crop_pct", "test_pool_size", "pool_size"),
+    *("label_offset", "label_names", "label_descriptions", "num_classes"),
+    *("license", "origin_url", "paper_name", "paper_ids", "description", "notes"),
+}
 
 
 def _step(name: str) -> int:

@@ -32,11 +32,11 @@ from unsc_plugin._board.trials import CRITERION, ORIGINAL, ROBUST
 PLOT, ACCURACY = "plot.svg", "accuracy.svg"
 ZERO = "closer to 0 is better"
 _DIRECTIONS = {
-    **dict.fromkeys(("acc", "worst_group_acc", "robust_acc", "oracle_agree"), UP),
+    **dict.fromkeys(("acc", "worst_group_acc", "robust_acc", "transfer_acc", "oracle_agree"), UP),
     **dict.fromkeys(("nll", "robust_nll", "oracle_js"), DOWN),
 }
 _LABELS = {"nll": "NLL", "worst_group_acc": "worst-group acc"}
-_PERCENT = ("acc", "worst_group_acc", "robust_acc", "oracle_agree")
+_PERCENT = ("acc", "worst_group_acc", "robust_acc", "transfer_acc", "oracle_agree")
 
 Cells = tuple[str, ...]
 

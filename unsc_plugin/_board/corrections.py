@@ -40,7 +40,7 @@ COMPARED = ("nll", "acc")
 ALLOWANCE = 1.05
 """Times the original's loss on the selection rows that a deployed strength may have."""
 GAPS = ("dp_diff", "eop_diff", "eo_diff", "dp_soft", "eop_soft", "group_acc_gap")
-ROBUSTNESS = ("robust_acc", "robust_nll")
+ROBUSTNESS = ("robust_acc", "robust_nll", "transfer_acc")
 ORACLE = ("oracle_js", "oracle_agree", "oracle_gap_diff")
 MEASURED = (*GAPS, *KEPT, *ROBUSTNESS, *ORACLE)
 

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 DEVICES = ("auto", "cpu", "cuda")
 PRECISIONS = ("fp32", "bf16", "fp16")
 GROUPS = ("core", "mia", "mubench")
+LAYOUTS = ("unsc", "mubench")
 TRACKERS = ("tensorboard",)
 
 
@@ -79,6 +80,14 @@ def one_of(flag: str, value: str, allowed: Sequence[str]) -> str:
 def groups(text: str) -> tuple[str, ...]:
     """Return the metric groups of a list with commas."""
     return tuple(one_of("--metrics", part.strip(), GROUPS) for part in text.split(","))
+
+
+def in_layout(layout: str, chosen: Experiment) -> Experiment:
+    """Return the experiment as its folder's layout needs it: MU-Bench's has all retained rows."""
+    if one_of("--layout", layout, LAYOUTS) == "unsc":
+        return chosen
+    whole = chosen.evaluation.model_copy(update={"retain_eval": "all"})
+    return chosen.model_copy(update={"evaluation": whole})
 
 
 def integers(flag: str, text: str | None) -> list[int] | None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from unsc_plugin._cli.console import ABSENT, grid, line, show
-from unsc_plugin.record import Record
+
+if TYPE_CHECKING:
+    from unsc_plugin.record import Record
 
 WIDEST = 40
 SHOWN = 5

@@ -1,9 +1,8 @@
-"""What the command line shows: lists, entries, methods, records and numbers, as tables."""
+"""What the command line shows: entries, methods, records and numbers, as tables."""
 
 from __future__ import annotations
 
 import inspect
-import json
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -11,13 +10,13 @@ from rich.table import Table
 
 from unsc_plugin._cli.console import ABSENT, complain, grid, line, show
 from unsc_plugin._cli.corrections import show_correction
+from unsc_plugin._cli.lists import BETTER, plain, worded
 
 if TYPE_CHECKING:
     from unsc_plugin.evaluation import Evaluation
     from unsc_plugin.record import Record
     from unsc_plugin.registry import Named, Registry
 
-BETTER = {"up": "higher", "down": "lower", "retrain": "as retrained", "zero": "near 0"}
 DIGITS = {"pp": 2, "bits": 4, "s": 2, "bytes": 0, "sample passes": 0}
 """Digits after the point of the units that are shown; shares and scores are bare, with four."""
 KINDS = {
@@ -46,103 +45,8 @@ def pairs(title: str, tree: Mapping[str, Any]) -> Table:
 
 def _lines(value: Any) -> str:
     if isinstance(value, Mapping):
-        return "\n".join(f"{key}: {_plain(item)}" for key, item in value.items())
-    return _plain(value)
-
-
-def _plain(value: Any) -> str:
-    """Return a value as `--set` takes it: null, true, numbers with up to six digits, text bare."""
-    if isinstance(value, str):
-        return value
-    if isinstance(value, float):
-        return f"{value:.6g}"
-    return json.dumps(value, default=str, ensure_ascii=False)
-
-
-# --------------------------------------------------------------------------- lists
-
-
-def list_rows(registry: Registry, what: str) -> list[dict[str, str]]:
-    """Return one row per name of a list, unavailable and broken ones included."""
-    if what == "metrics":
-        return _metric_rows()
-    if what == "boards":
-        return _board_rows()
-    named = [*getattr(registry, what.replace("-", "_")).values()]
-    if what == "methods":
-        named += registry.broken
-    return [
-        _row(one.name, one.origin, _about(one), one.status, one.reason)
-        for one in sorted(named, key=lambda one: one.name)
-    ]
-
-
-def _row(
-    name: str, origin: str, summary: str, status: str = "ok", reason: str = ""
-) -> dict[str, str]:
-    return {
-        "name": name, "origin": origin, "status": status, "reason": reason, "summary": summary,
-    }  # fmt: skip
-
-
-def _about(named: Named) -> str:
-    """Return the summary, or what the entry says of itself."""
-    entry: Any = named.entry
-    if entry is None:
-        return ""
-    if named.summary or named.kind == "methods":
-        return named.summary
-    if named.kind == "backbones":
-        return f"{entry.source}:{entry.id}"
-    if named.kind == "datasets":
-        return str(entry.path or entry.id)
-    fields = entry.model_dump(mode="json", exclude_defaults=True, exclude={"kind", "data"})
-    return ", ".join([entry.kind, *(f"{key} {_plain(value)}" for key, value in fields.items())])
-
-
-def _metric_rows() -> list[dict[str, str]]:
-    from unsc_plugin.metrics import METRICS
-
-    return [
-        {
-            **_row(spec.name, "built-in", spec.summary),
-            "unit": spec.unit,
-            "better": BETTER[spec.direction],
-        }
-        for spec in METRICS.values()
-    ]
-
-
-def _board_rows() -> list[dict[str, str]]:
-    from unsc_plugin import bench
-    from unsc_plugin.errors import UnscError
-
-    rows = []
-    for name in bench.names():
-        try:
-            title, status, reason = bench.open_board(name).spec.title, "ok", ""
-        except UnscError as error:
-            title, status, reason = "", "broken", str(error).splitlines()[0]
-        rows.append(_row(name, f"benchmarks/{name}", title, status, reason))
-    return rows
-
-
-def show_list(what: str, rows: Sequence[Mapping[str, str]]) -> None:
-    """Print the rows of a list."""
-    if what == "metrics":
-        columns = ("name", "unit", "better", "summary")
-        cells = [[row[column] for column in columns] for row in rows]
-    else:
-        columns = ("name", "origin", "status", "summary")
-        cells = [
-            [row["name"], row["origin"], _status(row["status"], row["reason"]), row["summary"]]
-            for row in rows
-        ]
-    show(grid(what, columns, cells))
-
-
-def _status(status: str, reason: str) -> str:
-    return f"{status}: {reason}" if reason else status
+        return "\n".join(f"{key}: {plain(item)}" for key, item in value.items())
+    return plain(value)
 
 
 # --------------------------------------------------------------------------- one name
@@ -163,7 +67,7 @@ def entry_tree(named: Named) -> dict[str, Any]:
 
 def show_entry(tree: Mapping[str, Any]) -> None:
     """Print a backbone, a data set or a forget set."""
-    status = _status(tree["status"], tree["reason"])
+    status = worded(tree["status"], tree["reason"])
     head = {"what": tree["kind"], "origin": tree["origin"], "status": status}
     show(pairs(tree["name"], {**head, **tree["entry"]}))
 
@@ -222,7 +126,7 @@ def show_method(tree: Mapping[str, Any]) -> None:
     if tree["settings"]:
         columns = ("setting", "type", ">value", ">default", "meaning")
         rows = [
-            (row["name"], row["type"], _plain(row["value"]), _plain(row["default"]), row["meaning"])
+            (row["name"], row["type"], plain(row["value"]), plain(row["default"]), row["meaning"])
             for row in tree["settings"]
         ]
         show(grid("", columns, rows))
@@ -250,7 +154,7 @@ def _other_names(entry: Mapping[str, Any]) -> str:
 
 
 def _args(tree: Mapping[str, Any]) -> str:
-    return " ".join(f"{key}={_plain(value)}" for key, value in tree.items())
+    return " ".join(f"{key}={plain(value)}" for key, value in tree.items())
 
 
 def _cited(paper: Mapping[str, Any] | None) -> str:
@@ -270,7 +174,7 @@ def show_record(found: Record) -> None:
     environment = {k: v for k, v in found.environment.items() if k != "versions"}
     versions = found.environment.get("versions", {})
     receipt = {
-        "status": _status(found.status, found.reason or ""),
+        "status": worded(found.status, found.reason or ""),
         "unit": f"{found.scenario}, {found.unit}",
         "data": found.experiment.get("data"),
         "model": found.experiment.get("model"),
@@ -409,7 +313,7 @@ def show_preflight(title: str, found: Mapping[str, Any]) -> None:
     show(grid(title, marked, ([_cell(row[column]) for column in columns] for row in rows)))
     for key, value in found.items():
         if key not in ("table", "warnings") and value not in (None, {}, [], ""):
-            line(f"{key}: {_args(value) if isinstance(value, Mapping) else _plain(value)}")
+            line(f"{key}: {_args(value) if isinstance(value, Mapping) else plain(value)}")
     for message in found.get("warnings", []):
         complain(f"warning: {message}")
 

@@ -1,6 +1,7 @@
 """The conformance suite: what every method is held to, for our tests, `unsc check` and packages.
 
-One call checks a method; a package parametrises its own pytest over the same table::
+One call checks a method, `pytest --unsc-method NAME` makes one test of every check, and a package
+may parametrise its own tests over the same table::
 
     @pytest.mark.parametrize("check", conformance.CHECKS)
     def test_contract(check):
@@ -28,7 +29,16 @@ from unsc_plugin.conformance._trial import Fault, NotRun, Trial, trial_of
 from unsc_plugin.errors import UnknownName
 from unsc_plugin.registry import Registry
 
-__all__ = ["CHECKS", "CheckResult", "badge", "check_method", "format_results"]
+__all__ = [
+    "CHECKS",
+    "CheckResult",
+    "Trial",
+    "badge",
+    "check_method",
+    "format_results",
+    "run_check",
+    "trial_of",
+]
 
 CHECKS: dict[str, Callable[[Trial], str]] = {
     "config": _contract.config,
@@ -96,11 +106,26 @@ def check_method(
     """
     trial = trial_of(method, registry, device=device, seed=seed, quick=quick)
     wanted = list(CHECKS) if checks is None else list(checks)
+    for name in wanted:
+        _known(name)
+    return [run_check(name, trial) for name in CHECKS if name in wanted]
+
+
+def run_check(name: str, trial: Trial) -> CheckResult:
+    """Run one check on a trial, which several checks may share; see :func:`trial_of`.
+
+    Raises:
+        UnknownName: no such check, also in the method's `expected_failures`.
+    """
     expected = trial.kind.expected_failures
-    for name in (*wanted, *expected):
-        if name not in CHECKS:
-            raise UnknownName("check", name, CHECKS)
-    return [_held_to(_checked(name, trial), expected) for name in CHECKS if name in wanted]
+    for one in (name, *expected):
+        _known(one)
+    return _held_to(_checked(name, trial), expected)
+
+
+def _known(name: str) -> None:
+    if name not in CHECKS:
+        raise UnknownName("check", name, CHECKS)
 
 
 def _checked(name: str, trial: Trial) -> CheckResult:

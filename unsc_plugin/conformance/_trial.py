@@ -28,7 +28,7 @@ from unsc_plugin.conformance._toys import (
 )
 from unsc_plugin.errors import ConfigError, NotApplicable, UnscError
 from unsc_plugin.method import Result, UnlearningMethod, from_function
-from unsc_plugin.registry import Named, Registry, load
+from unsc_plugin.registry import Named, Registry, decorated, load
 from unsc_plugin.spec import MethodEntry, Scenario, Split
 
 SEED = 5
@@ -229,8 +229,7 @@ class Trial:
 def trial_of(method: Any, registry: Registry | None = None, **where: Any) -> Trial:
     """Return the trial of a registered name (with or without tag), a class or a function.
 
-    A decorated function is found in the registry again; one that was never registered is tried
-    under its own name.
+    A decorated function is tried as it was registered, another one under its own name.
 
     Raises:
         UnknownName: no method of that name.
@@ -241,7 +240,7 @@ def trial_of(method: Any, registry: Registry | None = None, **where: Any) -> Tri
         named, tag = registry.method(method)
         return _registered(method, registry, named, tag, method, where)
     if inspect.isfunction(method):
-        return _of_class(_class_of(method, registry), registry, method, where)
+        return _of_class(_class_of(method), registry, method, where)
     if not (inspect.isclass(method) and issubclass(method, UnlearningMethod)):
         raise ConfigError(f"expected a method's name, class or function, got {method!r}")
     return _of_class(method, registry, method, where)
@@ -278,11 +277,9 @@ def _of_class(
     return Trial(kind, control=kind.control, source=source, **where)
 
 
-def _class_of(function: Callable[..., nn.Module], registry: Registry) -> type[UnlearningMethod]:
-    for named in registry.methods.values():
-        if named.target is not None:
-            run = inspect.getclosurevars(named.target.run).nonlocals  # type: ignore[attr-defined]
-            if run.get("function") is function:
-                return named.target
+def _class_of(function: Callable[..., nn.Module]) -> type[UnlearningMethod]:
+    kind = decorated(function)
+    if kind is not function:
+        return kind  # type: ignore[no-any-return]
     scenarios = frozenset(Scenario) - {Scenario.WEIGHTED, Scenario.CORRECTION}
     return from_function(function, function.__name__, scenarios=scenarios)

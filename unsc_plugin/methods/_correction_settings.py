@@ -13,12 +13,15 @@ from unsc_plugin.methods._criteria import Goal
 
 @dataclass(frozen=True)
 class Attack:
-    """The attack behind the criterion `robust`: made anew for every model (adaptive).
+    """The attack behind the criterion `robust`.
 
-    `budget` is in the units of the inputs: standardised columns, pixels in [0, 1]. A step is
-    2.5·budget/steps.
+    `adaptive`: made anew for every model, within `budget` in the units of the inputs: standardised
+    columns, pixels in [0, 1]; a step is 2.5·budget/steps. `reference_overshoot`, of protocol
+    reference: 1.3 times the way to the boundary of the original, which must be linear in its
+    inputs; without a budget, and the same points for every model.
     """
 
+    kind: Literal["adaptive", "reference_overshoot"] = "adaptive"
     norm: Literal["linf", "l2"] = "linf"
     budget: float = 0.1
     steps: int = 10
@@ -105,12 +108,32 @@ class CorrectionConfig:
             self.curvature, self.exact_max, self.damping, self.cg_tol, self.cg_max_iter
         )
 
+    @property
+    def published(self) -> bool:
+        """Whether settings are allowed that are there only to repeat what was published."""
+        return False
+
+    def check_attack(self) -> None:
+        """Refuse the published attack outside of the published protocol.
+
+        Raises:
+            ConfigError: it is asked for.
+        """
+        if self.attack.kind == "reference_overshoot" and not self.published:
+            raise ConfigError(
+                "attack: expected kind adaptive, got reference_overshoot, which is frozen and has "
+                "no budget, so that it measures no robustness; it is there for soft_weighted with "
+                "protocol reference only"
+            )
+
     def check(self, *, fixed: bool) -> None:
         """Refuse settings that contradict each other.
 
         Raises:
-            ConfigError: no goal, a target of 0 with nothing fixed, or a stop without its rows.
+            ConfigError: no goal, a target of 0 with nothing fixed, a stop without its rows, or
+                the published attack outside of its protocol.
         """
+        self.check_attack()
         if not self.goals:
             raise ConfigError("goals: expected at least one, got none")
         if self.target == 0 and not fixed:

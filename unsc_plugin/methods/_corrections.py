@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -21,7 +22,8 @@ from unsc_plugin.methods import _criteria as criteria_
 from unsc_plugin.methods import _last_modules as last
 from unsc_plugin.methods._correction_settings import CorrectionConfig
 from unsc_plugin.methods._criteria import Criterion, mean_loss
-from unsc_plugin.methods._rounds import Course, Ground, Point, Request, attacked
+from unsc_plugin.methods._ground import Ground, Point
+from unsc_plugin.methods._rounds import Course, Request
 from unsc_plugin.methods._weight_planner import effects
 from unsc_plugin.spec import derive
 
@@ -112,11 +114,15 @@ class Setup:
     ) -> Tensor:
         if one.name != "robust":
             return clean
-        moved = attacked(model, rows, self.config.attack)
+        assert self.ground.adversary is not None
+        moved = self.ground.adversary(model, rows)
         return engine.predict(model, moved, device=device).logits.double()
 
     def diagnosis(self, box: tuple[float, float], config: CorrectionConfig) -> dict[str, Any]:
-        """Return the goals' gaps and what share of each the box and utility allow to remove."""
+        """Return the goals' gaps and what of each the box and utility allow to remove.
+
+        Without a box there is no limit, which stays open in the table.
+        """
         first = self.ground.at(self.objective.theta)
         request = Request.of(self.ground.criteria, first, config.target, True)
         slopes = self.ground.slopes(first)
@@ -128,6 +134,8 @@ class Setup:
         for number, one in enumerate(self.ground.criteria):
             best = [
                 max_linear_under_box(known.gains[number], utility, 0.0, *box)[0]
+                if all(map(math.isfinite, box))
+                else None
                 for utility in (None, known.utility)
             ]
             size = float(request.size[number])

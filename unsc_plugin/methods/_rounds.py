@@ -12,14 +12,11 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from unsc_plugin.attacks import Space, full_attack, open_space, pgd
-from unsc_plugin.errors import NotApplicable, NumericalError
-from unsc_plugin.influence import Objective
-from unsc_plugin.method import Rows
-from unsc_plugin.methods._correction_settings import Attack, CorrectionConfig
-from unsc_plugin.methods._criteria import Criterion, mean_loss
+from unsc_plugin.methods._correction_settings import CorrectionConfig
+from unsc_plugin.methods._criteria import Criterion
+from unsc_plugin.methods._ground import Ground, Point
 
 NEAR, WIDE = 0.25, 4.0
 """A step stands if what it brought lies between these shares of what was asked."""
@@ -29,130 +26,6 @@ CAUTION = 0.9
 """Share of what is attainable that is asked for: at the whole of it all weights sit on the box."""
 NOTHING = 0.02
 """Attainable share of a gap below which a plan is exhausted."""
-
-
-# --------------------------------------------------------------------------- measuring
-
-
-@dataclass(frozen=True)
-class Point:
-    """Parameters θ, the criteria f (k,) and the utility loss u there, u on the selection rows."""
-
-    theta: Tensor
-    f: Tensor
-    u: float
-    u_selection: float | None
-    adversarial: Rows | None = None
-
-
-class Ground:
-    """What every point of a plan is measured on.
-
-    `criteria` live on the rows for fitting; those named `robust` are moved to adversarial inputs
-    that are made anew for every θ.
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        objective: Objective,
-        criteria: Sequence[Criterion],
-        fit: Rows,
-        selection: Rows | None,
-        attack: Attack,
-        smoothing: float = 0.0,
-    ) -> None:
-        self.model, self.objective, self.criteria = model, objective, tuple(criteria)
-        self.utility = mean_loss(fit, smoothing=smoothing)
-        self.selection = None if selection is None else mean_loss(selection, smoothing=smoothing)
-        self.attack = attack
-
-    def at(self, theta: Tensor) -> Point:
-        """Return what holds at θ."""
-        adversarial = None
-        if any(one.name == "robust" for one in self.criteria):
-            adversarial = self._attacked(theta)
-        found = [self._moved(one, adversarial) for one in self.criteria]
-        f = torch.tensor([self._value(one, theta) for one in found], dtype=torch.float64)
-        u_selection = None if self.selection is None else self._value(self.selection, theta)
-        return Point(theta, f, self._value(self.utility, theta), u_selection, adversarial)
-
-    def slopes(self, point: Point) -> Tensor:
-        """Return ∇f_1..∇f_k and ∇u at a point as columns (p, k + 1); attacks are held fixed.
-
-        Danskin's theorem: the gradient of a maximum is that at the maximiser.
-        """
-        criteria = [*(self._moved(one, point.adversarial) for one in self.criteria), self.utility]
-        columns = []
-        for one in criteria:
-            cotangent = one.cotangent(self._logits(point.theta, one.rows))
-            columns.append(self.objective.pullback(point.theta, one.rows, cotangent))
-        return torch.stack(columns, dim=1)
-
-    def errors(self, point: Point) -> Tensor:
-        """Return the standard errors of the criteria (k,); of a loss, of its excess over u."""
-        found = []
-        for one in self.criteria:
-            moved = self._moved(one, point.adversarial)
-            logits = self._logits(point.theta, moved.rows)
-            if not one.loss:
-                found.append(moved.standard_error(logits))
-                continue
-            clean = self.utility.per_row(self._logits(point.theta, self.utility.rows))
-            excess = moved.per_row(logits) - clean
-            found.append(float(excess.std(correction=0)) / math.sqrt(len(excess)))
-        return torch.tensor(found, dtype=torch.float64)
-
-    def _value(self, one: Criterion, theta: Tensor) -> float:
-        return one.value(self._logits(theta, one.rows))
-
-    def _logits(self, theta: Tensor, rows: Rows) -> Tensor:
-        """Return the logits (m, K) of rows.
-
-        Raises:
-            NumericalError: some are not finite.
-        """
-        logits = self.objective.outputs(theta, rows)
-        wrong = torch.nonzero(~torch.isfinite(logits).all(dim=1))[:5, 0]
-        if len(wrong):
-            raise NumericalError(
-                "expected finite outputs on the validation rows, got others for samples "
-                f"{rows.index[wrong].tolist()}; check the inputs and the weights of the model"
-            )
-        return logits
-
-    def _moved(self, one: Criterion, adversarial: Rows | None) -> Criterion:
-        return one if one.name != "robust" or adversarial is None else one.on(adversarial)
-
-    def _attacked(self, theta: Tensor) -> Rows:
-        self.objective.write(self.model, theta)
-        return attacked(self.model, self.utility.rows, self.attack)
-
-
-def attacked(model: nn.Module, rows: Rows, attack: Attack, batch_size: int = 2048) -> Rows:
-    """Return the rows with adversarial inputs: untargeted PGD of the loss, all steps taken.
-
-    Raises:
-        NotApplicable: inputs that are no numbers, such as texts.
-    """
-    cfg = full_attack(attack.norm, attack.budget, attack.steps, attack.starts)
-    parts: list[Tensor] = []
-    place = next(model.parameters()).device
-    for start in range(0, len(rows), batch_size):
-        positions = torch.arange(start, min(start + batch_size, len(rows)))
-        batch = rows.gather(positions).to(place)
-        space: Space = open_space(model, batch.inputs)
-        if space.key == "input_ids":
-            raise NotApplicable(
-                "criterion robust: expected pixels or table columns, got texts, whose embeddings "
-                "cannot be kept as inputs; use a criterion of groups or utility"
-            )
-        seeds = [int(i) % 2**32 for i in batch.index]
-        found = pgd(model, batch.inputs, batch.labels, cfg, space=space, seeds=seeds)
-        parts.append((space.x + found.delta).to(batch.inputs[space.key].dtype))
-        key = space.key
-    inputs = torch.cat(parts)
-    return Rows.of({key: inputs}, rows.labels, rows.index, group=rows.group)
 
 
 # --------------------------------------------------------------------------- what is asked
@@ -174,10 +47,11 @@ class Request:
         """Return the request to remove the share `target` of the gaps at `start`.
 
         A gap has the sign of its value and zero 0; a loss has sign + and the utility loss as zero.
-        Not `signed`: every gap is to fall by the share of |f_0|, also one below 0, as published.
+        Not `signed`: everything is to fall by the share of |f_0|, as published: a gap below 0 too,
+        and a loss towards 0.
         """
         loss = torch.tensor([one.loss for one in criteria])
-        zero = torch.where(loss, torch.full_like(start.f, start.u), 0.0)
+        zero = torch.where(loss & signed, torch.full_like(start.f, start.u), 0.0)
         size, below = (start.f - zero).abs(), ~loss & (start.f < 0)
         sign = torch.ones_like(start.f)
         if signed:
@@ -189,6 +63,10 @@ class Request:
     def only(self, kept: Tensor) -> Request:
         """Return the request for some of the goals, `kept` (k,)."""
         return Request(self.sign[kept], self.zero[kept], self.size[kept], self.target)
+
+    def removed(self, f: Tensor) -> Tensor:
+        """Return what is gone of the gaps at f (k,): z + size − s·f."""
+        return self.zero + self.size - self.sign * f
 
     def remaining(self, f: Tensor) -> Tensor:
         """Return how far s·f lies above its target (k,): z + (1 − t)·size."""
@@ -222,7 +100,11 @@ class Move(Protocol):
 
 @dataclass
 class Course:
-    """How the rounds went: the last point, why they ended, and a row of notes per round."""
+    """How the rounds went: the last point, why they ended, and a row of notes per round.
+
+    `begun` is the point that the last round is linear at; `cut`: that round could not be asked for
+    all that was wanted.
+    """
 
     start: Point
     end: Point
@@ -230,6 +112,7 @@ class Course:
     asked: Tensor
     rounds: list[dict[str, Any]] = field(default_factory=list)
     cut: bool = False
+    begun: Point | None = None
 
 
 def follow(
@@ -253,7 +136,8 @@ def follow(
             slopes = ground.slopes(now)
             slopes[:, :-1] *= request.sign.to(slopes)
             move.linearise(now, slopes)
-        slack = _slack(first, now, config)
+            course.begun = now
+        slack = slack_of(first, now, config)
         asked, wanting = torch.minimum(left, most), left > 0
         share = move.attainable(asked, slack) if bool(wanting.any()) else math.inf
         if bool(wanting.any()) and bool((share * asked <= NOTHING * request.size)[wanting].all()):
@@ -303,7 +187,7 @@ def _reached(left: Tensor, near: Tensor, at_rest: bool) -> bool:
     return bool((left <= near).all()) and (at_rest or bool((left >= -near).any()))
 
 
-def _slack(first: Point, now: Point, config: CorrectionConfig) -> float:
+def slack_of(first: Point, now: Point, config: CorrectionConfig) -> float:
     """Return how far the utility loss may rise in a round; 0: first-order neutral every time."""
     if config.utility_slack == 0:
         return 0.0

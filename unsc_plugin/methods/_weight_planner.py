@@ -14,7 +14,8 @@ from unsc_plugin.errors import InfeasibleError, NumericalError
 from unsc_plugin.influence import Objective
 from unsc_plugin.linalg import attainable_fraction, solve_weight_qp
 from unsc_plugin.methods._correction_settings import CorrectionConfig
-from unsc_plugin.methods._rounds import Course, Ground, Point, Request, follow
+from unsc_plugin.methods._ground import Ground, Point
+from unsc_plugin.methods._rounds import CAUTION, Course, Request, follow, slack_of
 
 Infinite = float("inf")
 
@@ -67,10 +68,12 @@ class WeightMove:
         self.fixed, self.theta, self.linear, self.form = fixed, theta, linear, form
         self.e = torch.where(fixed, -1.0, 0.0).double()
         self.proposed = (self.e, theta)
+        self.begun = self.e
         self.effects: Effects | None = None
 
     def linearise(self, point: Point, slopes: Tensor) -> None:
         """Take the effects of every sample at a point."""
+        self.begun = self.e
         self.effects = effects(self.objective, point.theta, self.e, slopes, self.config)
 
     def bounds(self) -> tuple[Tensor, Tensor]:
@@ -85,6 +88,18 @@ class WeightMove:
         lower, upper = (bound - self.e for bound in self.bounds())
         if not bool((lower.isfinite() & upper.isfinite()).all()):
             return Infinite
+        return attainable_fraction(known.gains, asked, known.utility, slack, lower, upper)
+
+    def in_the_box(self, asked: Tensor, slack: float) -> float:
+        """Return the largest common share that could be met from where the effects were taken.
+
+        Whatever the trust radius; inf without a box.
+        """
+        known, (low, high) = self._effects, self.box
+        if not (math.isfinite(low) and math.isfinite(high)):
+            return Infinite
+        lower = torch.where(self.fixed, 0.0, low - self.begun)
+        upper = torch.where(self.fixed, 0.0, high - self.begun)
         return attainable_fraction(known.gains, asked, known.utility, slack, lower, upper)
 
     def propose(self, asked: Tensor, slack: float) -> tuple[Tensor, Tensor, dict[str, Any]]:
@@ -175,15 +190,24 @@ def one_step(
     first: Point,
     choose: Callable[[Effects, Tensor], tuple[Tensor, dict[str, Any]]],
     config: CorrectionConfig,
+    *,
+    linear: bool = False,
 ) -> tuple[Tensor, Course]:
-    """Return the weights that `choose` takes from the effects at θ̂, and where a refit leads."""
+    """Return the weights that `choose` takes from the effects at θ̂, and where a refit leads.
+
+    `linear`: instead of the refit θ̂ − H_0⁻¹ Σ e_j g_j. With weights below −1 there may be no fit.
+    """
     slopes = ground.slopes(first)
     slopes[:, :-1] *= request.sign.to(slopes)
     known = effects(objective, first.theta, torch.zeros(objective.n).double(), slopes, config)
     asked = request.remaining(first.f)
     e, notes = choose(known, asked)
-    refit = objective.refit(e, first.theta, config.solver_settings)
-    there = ground.at(refit.theta)
+    if linear:
+        factor = objective.factor(first.theta, torch.ones_like(e), config.solver_settings)
+        theta = first.theta - factor.solve(objective.gradient(first.theta, e))
+    else:
+        theta = objective.refit(e, first.theta, config.solver_settings).theta
+    there = ground.at(theta)
     predicted = known.gains @ e
     notes |= {"asked": asked.tolist(), "predicted": predicted.tolist()}
     notes |= {"predicted_utility": float(-(known.utility @ e)), "curvature": known.notes}
@@ -206,12 +230,31 @@ def rounds(
         now = ground.at(move.theta)
     course = follow(move, ground, request, config, first, now)
     if config.strict and course.cut and course.reason != "reached":
-        raise InfeasibleError(
-            f"expected to remove {request.target:g} of the gap, which is beyond what the box and "
-            f"the utility constraint allow (rounds: {len(course.rounds)}); lower target, widen "
-            "eps_min and eps_max, or allow utility_slack"
-        )
+        raise InfeasibleError(_beyond(move, request, config, course))
     return course
+
+
+def _beyond(move: WeightMove, request: Request, config: CorrectionConfig, course: Course) -> str:
+    """Return what was asked for, what is attainable to first order, and what came of it."""
+    begun = course.begun
+    assert begun is not None
+    slack = slack_of(course.start, begun, config)
+    left = request.remaining(begun.f)
+    more = torch.where(left > 0, move.in_the_box(left, slack) * left, 0.0)
+    best = request.removed(begun.f) + more
+    asked, got = request.target * request.size, request.removed(course.end.f)
+    share = float((CAUTION * best / request.size).min())
+    advice = f"lower target (to {share:.3g}, say)" if share < request.target else "lower target"
+    return (
+        f"expected to remove {request.target:g} of the gap, {_row(asked)}, got {_row(got)} "
+        f"({course.reason}); attainable within the box and the utility constraint, to first order: "
+        f"A* = {_row(best)}, of which at most {CAUTION:g} is asked for; {advice}, widen eps_min "
+        "and eps_max, or allow utility_slack"
+    )
+
+
+def _row(values: Tensor) -> str:
+    return ", ".join(f"{value:.6g}" for value in values.tolist())
 
 
 def audit(e: Tensor, labels: Tensor, groups: Tensor | None, index: Tensor) -> dict[str, Any]:

@@ -10,17 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from unsc_plugin import engine
-from unsc_plugin.method import (
-    Batch,
-    Rows,
-    Scenario,
-    Split,
-    TrainingConfig,
-    UnlearningMethod,
-    UnlearningTask,
-    option,
-)
-from unsc_plugin.methods import _teachers
+from unsc_plugin.method import TrainingConfig, UnlearningMethod, UnlearningTask, option
+from unsc_plugin.methods import _teachers as teachers
+from unsc_plugin.rows import Batch, Rows
+from unsc_plugin.spec import Scenario, Split
 
 WORK_PER_ROW = 4 / 3
 """One pass of the student with gradient, one of the row's teacher without; a third each."""
@@ -76,8 +69,8 @@ class BadTeaching(UnlearningMethod):
 
     def run(self, model: nn.Module, task: UnlearningTask) -> nn.Module:
         """Return the student."""
-        good = _teachers.frozen(copy.deepcopy(model))
-        bad = _teachers.frozen(task.fresh_model())
+        good = teachers.frozen(copy.deepcopy(model))
+        bad = teachers.frozen(task.fresh_model())
         stream = two_streams(task.rows("forget"), self._share(task))
         loader = task.loader_over(stream, "taught", batch_size=self.config.batch_size)
         engine.fit_config(
@@ -112,7 +105,7 @@ class BadTeaching(UnlearningMethod):
 
         def loss(student: nn.Module, batch: Batch) -> Tensor:
             taught = targets(good, bad, batch)
-            losses = _teachers.divergence(taught, student(**batch.inputs), config.temperature)
+            losses = teachers.divergence(taught, student(**batch.inputs), config.temperature)
             gone = batch.labels == FORGET
             return engine.weighted_mean(
                 torch.where(gone, config.forget_weight * losses, losses), batch

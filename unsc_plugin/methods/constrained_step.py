@@ -15,7 +15,8 @@ from unsc_plugin.linalg import BoxSolution, solve_weight_qp
 from unsc_plugin.method import Scenario, Split, UnlearningMethod, UnlearningTask
 from unsc_plugin.methods._correction_settings import CorrectionConfig
 from unsc_plugin.methods._corrections import set_up, told
-from unsc_plugin.methods._rounds import Point, Request, follow
+from unsc_plugin.methods._ground import Point
+from unsc_plugin.methods._rounds import Request, follow
 
 PARALLEL = 1e-8
 """Squared relative length below which a direction that helps and leaves utility alone is none."""
@@ -64,7 +65,12 @@ class ConstrainedStep(UnlearningMethod):
         course = follow(move, setup.ground, request, self.config, first, first)
         task.stats["plan"] = told(setup, course, request) | {"noop": None}
         if self.config.strict and course.reason == "exhausted":
-            raise InfeasibleError("expected a direction that closes the gap; lower target")
+            got = ", ".join(f"{gone:.6g}" for gone in request.removed(course.end.f).tolist())
+            raise InfeasibleError(
+                f"expected to remove {request.target:g} of the gap, got A* = {got}: no direction "
+                "beyond that closes it and leaves the utility loss alone; lower target, or allow "
+                "utility_slack"
+            )
         setup.objective.write(model, course.end.theta)
         rows = {"fit": setup.fit, "selection": setup.selection}
         logits = {

@@ -12,17 +12,10 @@ from torch import Tensor, nn
 
 from unsc_plugin import engine
 from unsc_plugin.errors import RequestError
-from unsc_plugin.method import (
-    Batch,
-    Rows,
-    Scenario,
-    Split,
-    TrainingConfig,
-    UnlearningMethod,
-    UnlearningTask,
-    option,
-)
-from unsc_plugin.methods import _teachers
+from unsc_plugin.method import TrainingConfig, UnlearningMethod, UnlearningTask, option
+from unsc_plugin.methods import _teachers as teachers
+from unsc_plugin.rows import Batch, Rows
+from unsc_plugin.spec import Scenario, Split
 
 WORK_PER_ROW = 4 / 3
 """One pass of the student with gradient, one of the teacher without; a third each."""
@@ -116,7 +109,7 @@ class Scrub(UnlearningMethod):
         engine.fit_config(
             model,
             task,
-            self._stages(_teachers.frozen(copy.deepcopy(model)), task, epochs),
+            self._stages(teachers.frozen(copy.deepcopy(model)), task, epochs),
             config,
             epochs=epochs,
             optimizer=config.optimizer,
@@ -160,7 +153,7 @@ class Scrub(UnlearningMethod):
         if alpha or not gamma:
             with torch.no_grad():
                 wanted = teacher(**batch.inputs)
-            losses = _teachers.divergence(wanted, logits, heat)
+            losses = teachers.divergence(wanted, logits, heat)
             loss = loss + alpha * heat**2 * engine.weighted_mean(losses, batch)
         return loss
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from unsc_plugin import engine
 from unsc_plugin.errors import ConfigError
+from unsc_plugin.linalg import analytic_weights
 from unsc_plugin.method import (
     MethodRef,
     Scenario,
@@ -25,7 +26,8 @@ from unsc_plugin.methods import _selection as selection
 from unsc_plugin.methods import _weight_planner as planner
 from unsc_plugin.methods._correction_settings import CorrectionConfig
 from unsc_plugin.methods._corrections import Setup, set_up, told
-from unsc_plugin.methods._rounds import Course, Point, Request
+from unsc_plugin.methods._ground import Point
+from unsc_plugin.methods._rounds import Course, Request
 from unsc_plugin.spec import derive
 
 Solver = Literal["qp", "hard", "hard_utility", "li_liu", "reweighing", "permuted"]
@@ -51,6 +53,12 @@ class SoftWeighted(UnlearningMethod):
     Solvers other than `qp` are rules to compare with: `hard` (drop the worst), `hard_utility`,
     `li_liu` (a linear programme), `reweighing` (Kamiran & Calders), `permuted` (the solved ε,
     shuffled). The plan does not depend on `base`.
+
+    `soft_weighted.reference` repeats the published formulas: without a box, in one step at θ̂ for
+    the whole of |f|, F and U of H_0, all validation rows for fitting, and with q = F/(2λ) and a
+    `case` of the closed form that is chosen by hand; a robust loss is summed over its rows, and to
+    go to 0. `attack={"kind": "reference_overshoot"}` adds the published attack, frozen at the
+    original. None of it is compared with anything: `protocol` says so in the record.
     """
 
     @dataclass(frozen=True)
@@ -78,6 +86,11 @@ class SoftWeighted(UnlearningMethod):
         lam: float | None = option(
             None, "λ of the published objective; None: ∞, the smallest change", above=0, probe=1e-3
         )
+        case: Literal["auto", "none", "metric", "utility", "both"] | None = option(
+            None, "constraints that bind in the closed form without a box, of protocol reference; "
+            "auto: by its tests; None: no closed form",
+            inert="of protocol reference",
+        )  # fmt: skip
         signed: bool = option(
             True, "follow the sign of the gap; off: |f| as published",
             inert="the gap of the toy is positive",
@@ -106,6 +119,11 @@ class SoftWeighted(UnlearningMethod):
             inert="allows more settings; changes none",
         )  # fmt: skip
 
+        @property
+        def published(self) -> bool:
+            """Whether settings are allowed that are there only to repeat what was published."""
+            return self.protocol == "reference"
+
     name = "soft_weighted"
     needs = frozenset({Split.FORGET, Split.RETAIN, Split.VAL})
     optional = frozenset({Split.FORGET})
@@ -124,7 +142,7 @@ class SoftWeighted(UnlearningMethod):
         """
         config = self.config
         low, high = self._box
-        if low > 0 or (config.protocol == "ours" and low < -1):
+        if low > 0 or (low < -1 and not config.published):
             raise ConfigError(
                 f"eps_min: expected a value within [-1, 0], got {config.eps_min}; a sample cannot "
                 "count less than never (protocol: reference allows it)"
@@ -137,6 +155,38 @@ class SoftWeighted(UnlearningMethod):
             )
         if config.fit_fraction == 1 and config.max_base_runs > 1:
             raise ConfigError("max_base_runs: more than 1 needs selection rows (fit_fraction < 1)")
+        config.check_attack()
+        if config.case is not None:
+            self._check_case()
+
+    def _check_case(self) -> None:
+        """Refuse what the closed form does not have: a box, rounds, several goals.
+
+        Raises:
+            ConfigError: naming every setting that is not as the closed form needs it.
+        """
+        config, case = self.config, self.config.case
+        wanted = {
+            "protocol": "reference", "solver": "qp", "eps_min": None, "eps_max": None,
+            "trust": None, "step": 1.0, "max_rounds": 1, "utility_slack": 0.0, "strict": False,
+        }  # fmt: skip
+        wrong = [
+            f"{name} {_text(value)} (got {_text(getattr(config, name))})"
+            for name, value in wanted.items()
+            if getattr(config, name) != value
+        ]
+        if len(config.goals) != 1:
+            wrong.append(f"one goal (got {len(config.goals)})")
+        if wrong:
+            raise ConfigError(
+                f"case {case}: the closed form is one step without a box and needs "
+                f"{', '.join(wrong)}; begin with soft_weighted.reference, or set case to null"
+            )
+        if case in ("none", "utility") and config.lam is None:
+            raise ConfigError(
+                f"case {case}: without lam all of its weights are 0; give lam, or case metric or "
+                "both, where it cancels"
+            )
 
     @property
     def _box(self) -> tuple[float, float]:
@@ -181,7 +231,7 @@ class SoftWeighted(UnlearningMethod):
             e = torch.zeros(len(setup.rows), dtype=torch.float64)
             nothing = Course(first, first, reason, torch.zeros_like(request.size))
             return planner.Plan(e, nothing, request, kept, reason)
-        if config.solver in ("qp", "permuted"):
+        if config.solver in ("qp", "permuted") and config.case is None:
             e, course = self._in_rounds(setup, request, first, config)
             if config.solver == "permuted":
                 e = self._permuted(e, setup.fixed, seed)
@@ -190,7 +240,13 @@ class SoftWeighted(UnlearningMethod):
                 course = Course(first, setup.ground.at(refit.theta), "permuted", none)
         else:
             e, course = planner.one_step(
-                setup.objective, setup.ground, request, first, self._chosen(setup), config
+                setup.objective,
+                setup.ground,
+                request,
+                first,
+                self._chosen(setup),
+                config,
+                linear=config.case is not None,
             )
         noop = None if bool(e.any()) else course.reason
         return planner.Plan(e, course, request, kept, noop)
@@ -226,10 +282,13 @@ class SoftWeighted(UnlearningMethod):
         config, rows = self.config, setup.rows
         share = None if config.k == "match" else float(config.k)
         names = [one.name for one in setup.ground.criteria]
-        if config.solver in OF_ONE_GOAL and len(names) > 1:
-            raise ConfigError(f"solver {config.solver}: expected one goal, got {names}; use qp")
+        if len(names) > 1 and (config.solver in OF_ONE_GOAL or config.case is not None):
+            what = f"solver {config.solver}" if config.case is None else f"case {config.case}"
+            raise ConfigError(f"{what}: expected one goal, got {names}; use qp without a case")
 
         def choose(known: planner.Effects, asked: Tensor) -> tuple[Tensor, dict[str, Any]]:
+            if config.case is not None:
+                return self._in_closed_form(setup, known, float(asked[0]))
             if config.solver == "reweighing":
                 e = selection.reweighing(rows.labels, setup.groups, setup.num_classes)
                 return torch.where(setup.fixed, -1.0, e), {}
@@ -244,6 +303,20 @@ class SoftWeighted(UnlearningMethod):
             return torch.where(setup.fixed, -1.0, found.e), notes
 
         return choose
+
+    def _in_closed_form(
+        self, setup: Setup, known: planner.Effects, asked: float
+    ) -> tuple[Tensor, dict[str, Any]]:
+        """Return the published weights; a loss is the sum over its rows there, which λ sees."""
+        config, [goal] = self.config, setup.ground.criteria
+        assert config.case is not None
+        times = len(goal.rows) if goal.loss else 1
+        lam = planner.Infinite if config.lam is None else config.lam
+        e, case, dual = analytic_weights(
+            times * known.gains[0], known.utility, times * asked, lam, config.form, config.case
+        )
+        notes = {"case": case, "dual": list(dual), "norm": float(e.norm())}
+        return torch.where(setup.fixed, -1.0, e), notes
 
     def _report(self, setup: Setup, plan: planner.Plan) -> dict[str, Any]:
         weights = self._weights(plan.e, setup.rows.index, setup.count)
@@ -342,7 +415,7 @@ class SoftWeighted(UnlearningMethod):
         if self.config.max_base_runs == 1 or "selection" not in found:
             return False
         request, values = plan.request, found["selection"]
-        loss = torch.tensor([one.loss for one in setup.ground.criteria])
+        loss = torch.tensor([one.loss and self.config.signed for one in setup.ground.criteria])
         zero = torch.where(loss, plan.course.start.u_selection or 0.0, request.zero)
         beyond = torch.tensor(values["f"], dtype=torch.float64) * request.sign - zero
         errors = torch.tensor(values["se"], dtype=torch.float64)
@@ -353,3 +426,10 @@ class SoftWeighted(UnlearningMethod):
         """Return every goal's gap, its standard error, and what share of it can be removed."""
         setup = set_up(model, task, self.config)
         return setup.diagnosis(self._box, self.config)
+
+
+def _text(value: Any) -> str:
+    """Return a value of a setting as a file has it."""
+    return (
+        "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+    )

@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from unsc_plugin.metrics._catalogue import METRICS, MetricSpec, lookup
+from unsc_plugin.metrics._catalogue import DIRECTIONS, METRICS, MetricSpec, lookup
 
 if TYPE_CHECKING:
     from unsc_plugin.metrics._base import (
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from unsc_plugin.metrics._goal_base import GroupFairness, Robustness
 
 __all__ = [
+    "DIRECTIONS",
     "METRICS",
     "Accuracy",
     "Confidence",

@@ -239,6 +239,10 @@ _ROBUSTNESS = (
         "robust_nll", "nats", "down", "test attack", _GOALS,
         "negative log-likelihood when every input may be moved within the budget",
     ),
+    _spec(
+        "transfer_acc", "fraction", "up", "test attack original", _GOALS,
+        "accuracy at inputs that were moved against the original model",
+    ),
 )  # fmt: skip
 
 _ORACLE = (

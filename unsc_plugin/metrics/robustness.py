@@ -20,7 +20,7 @@ def robust_block(clean_logits: Any, adversarial_logits: Any, labels: Any) -> dic
 
     The input itself lies in the ball, so an attack can only lower accuracy and raise the loss: a
     δ that helps the model, such as one made for another model, does not make it look robust. For
-    the plain accuracy at x + δ use `accuracy` on the adversarial logits. Directions: up and down.
+    the plain accuracy at x + δ see :func:`transfer_block`. Directions: up and down.
 
     Args:
         clean_logits: (B, K) at x.
@@ -46,3 +46,21 @@ def robust_block(clean_logits: Any, adversarial_logits: Any, labels: Any) -> dic
         "robust_acc": float((right[0] & right[1]).mean()),
         "robust_nll": float(np.maximum(*losses).mean()),
     }
+
+
+def transfer_block(transferred_logits: Any, labels: Any) -> dict[str, float]:
+    """Return `transfer_acc`, the accuracy at inputs that were moved against another model.
+
+    transfer_acc = (1/B) Σ_i [right at x_i + δ_i], a fraction, δ made for the original model. It can
+    rise above the clean accuracy, and a model that differs from the original has a high one without
+    being robust: beside `robust_acc` it says how much of an attack is due to the model attacked.
+
+    Args:
+        transferred_logits: (B, K) at x + δ.
+        labels: (B,).
+
+    >>> transfer_block([[0.0, 1.0], [0.0, 1.0]], [1, 0])
+    {'transfer_acc': 0.5}
+    """
+    right = correct(transferred_logits, labels, metric="transfer_acc", split="test")
+    return {"transfer_acc": float(right.mean())}

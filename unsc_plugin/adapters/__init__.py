@@ -1,0 +1,1 @@
+"""Bridges to other unlearning suites: one module per suite, which is imported only when used."""
