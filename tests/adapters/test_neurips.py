@@ -161,7 +161,7 @@ class Uneven(Counting):
         (DataLoader(Counting(0)), "got none"),
         (DataLoader(Unlabelled(), batch_size=2), "expected items"),
         (rows(torch.zeros(4, 1, 5, 5)), "look like"),
-        (DataLoader(Uneven(4), batch_size=2), "one shape"),
+        (DataLoader(Uneven(4), batch_size=2), "make one batch"),
     ],
     ids=["no batches", "no rows", "no labels", "other width", "widths of its own"],
 )
