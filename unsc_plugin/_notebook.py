@@ -122,10 +122,11 @@ def _accuracy(found: Sheet) -> plotly.Figure:
             x=names,
             y=[100 * part[name].accuracy for name in names],
             text=[f"{100 * part[name].accuracy:.1f}" for name in names],
+            textposition="outside",
             marker_color=colour,
         )
     return made.update_layout(
-        **_layout(found.title), barmode="group", yaxis={"title": "accuracy, %", "range": [0, 105]}
+        **_layout(found.title), barmode="group", yaxis={"title": "accuracy, %", "range": [0, 112]}
     )
 
 
@@ -160,6 +161,7 @@ def _layout(heading: str) -> dict[str, Any]:
     return {
         "title": heading,
         "template": "plotly_white",
-        "height": 380,
-        "legend": {"orientation": "h", "y": 1.12, "x": 1, "xanchor": "right"},
+        "height": 420,
+        "margin": {"t": 110},
+        "legend": {"orientation": "h", "y": 1.14, "yanchor": "bottom", "x": 1, "xanchor": "right"},
     }
