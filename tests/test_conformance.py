@@ -11,7 +11,7 @@ from checks import METHODS, PRESETS, UNAVAILABLE, UNSEEDED, failures
 from rich.console import Console
 from torch import nn
 
-from unsc_plugin import conformance
+from unsc_plugin import conformance, registry
 from unsc_plugin.conformance import CHECKS, CheckResult, check_method
 from unsc_plugin.conformance._toys import original, problem
 from unsc_plugin.conformance._trial import trial_of
@@ -76,22 +76,25 @@ class Shrink(UnlearningMethod):
         return model
 
 
-@register_method("sample_shrink")
-def shrunk(model: nn.Module, retain: Any, *, ctx: Any, rate: float = 0.1) -> nn.Module:
-    """Fit the retain set, then shrink the head."""
-    from unsc_plugin import engine
-
-    engine.fit(model, ctx, [engine.Stage(retain, engine.cross_entropy)], epochs=1, lr=0.005)
-    with torch.no_grad():
-        model.head.weight.mul_(1 - rate)
-    return model
-
-
 def test_a_class_that_is_not_registered_is_checked() -> None:
     assert failures(Shrink) == {}
 
 
-def test_a_decorated_function_is_checked_as_it_was_registered() -> None:
+def test_a_decorated_function_is_checked_as_it_was_registered(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(registry, "_session", [])  # other tests see what is built in
+
+    @register_method("sample_shrink")
+    def shrunk(model: nn.Module, retain: Any, *, ctx: Any, rate: float = 0.1) -> nn.Module:
+        """Fit the retain set, then shrink the head."""
+        from unsc_plugin import engine
+
+        engine.fit(model, ctx, [engine.Stage(retain, engine.cross_entropy)], epochs=1, lr=0.005)
+        with torch.no_grad():
+            model.head.weight.mul_(1 - rate)
+        return model
+
     assert trial_of(shrunk).kind.name == "sample_shrink"
     assert failures(shrunk) == {}
 

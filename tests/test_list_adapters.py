@@ -17,6 +17,7 @@ NEEDED = {
 
 @pytest.fixture(autouse=True)
 def _nothing_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "160")
     for name in HOMES:
         monkeypatch.delenv(name, raising=False)
 

@@ -114,7 +114,7 @@ def _method(named: registry.Named) -> str:
 
 def _target(target: str) -> Any:
     module, _, name = target.partition(":")
-    return getattr(importlib.import_module(module), name)
+    return registry.decorated(getattr(importlib.import_module(module), name))
 
 
 def _about(kind: type) -> str:
