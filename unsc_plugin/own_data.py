@@ -249,9 +249,7 @@ def task_of(
         "recipe": recipe or DEFAULT_RECIPE,
         "fresh_model": fresh_model,
         "modality": data.modality,
-        "data_fingerprint": fingerprint(
-            [[name, *_marks(part)] for name, part in data.parts.items()]
-        ),
+        "data_fingerprint": fingerprint(_marks(data.parts)),
         **more,
     }
     if weights is not None:
@@ -265,9 +263,16 @@ def task_of(
     return UnlearningTask(forget=forget, retain=retain, scenario=kind, **common)
 
 
-def _marks(rows: Rows) -> list[Any]:
+def _marks(parts: Mapping[str, Rows]) -> list[Any]:
     """Return what tells these rows from others: positions, labels, and the inputs in memory."""
-    digest = hashlib.sha256()
-    for column in rows.storage.values():
-        digest.update(column.cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    return [rows.index.tolist(), rows.labels.tolist(), digest.hexdigest()]
+    digests: dict[int, str] = {}  # of the storage that several parts share, once
+    for rows in parts.values():
+        if id(rows.storage) not in digests:
+            digest = hashlib.sha256()
+            for column in rows.storage.values():
+                digest.update(column.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+            digests[id(rows.storage)] = digest.hexdigest()
+    return [
+        [name, rows.index.tolist(), rows.labels.tolist(), digests[id(rows.storage)]]
+        for name, rows in parts.items()
+    ]
