@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from unsc_plugin import own_data
+from unsc_plugin.adapters._foreign import no_bytecode
 from unsc_plugin.adapters._pairs import Positional, only_input
 from unsc_plugin.adapters._torchunlearn_trainer import package
 from unsc_plugin.method import Split, UnlearningTask
@@ -28,6 +29,7 @@ NAMES = {
 Row = dict[str, float | None]
 
 
+@no_bytecode()
 def to_benchmark_suite(
     models: Mapping[str, nn.Module],
     task: UnlearningTask,

@@ -161,6 +161,7 @@ class ForeignTrainer(UnlearningMethod):
             found["omit_label"] = next(iter(task.forget_classes))
         return found
 
+    @foreign.no_bytecode()  # trainers import on the way
     def run(self, model: nn.Module, task: UnlearningTask) -> nn.Module:
         """Return the model that the trainer has changed."""
         suite = package()
@@ -191,6 +192,7 @@ class ForeignTrainer(UnlearningMethod):
         return model
 
 
+@foreign.no_bytecode()
 def merged(pairs: dict[str, Pairs]) -> Any:
     """Return their merged loaders."""
     return importlib.import_module(f"{NAME}.utils.data").MergedLoaders(pairs)
