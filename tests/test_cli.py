@@ -131,14 +131,14 @@ def test_an_error_that_follows_from_an_interrupt_is_one(monkeypatch: pytest.Monk
         finally:
             raise AttributeError("half an import")
 
-    monkeypatch.setattr(cli, "_registry", broken_off)
+    monkeypatch.setattr(cli.state, "registry", broken_off)
     done = unsc("list")
     assert (done.code, done.out) == (130, "")
     assert "interrupted" in done.err
 
 
 def test_a_fault_of_ours_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cli, "_registry", lambda: 1 / 0)
+    monkeypatch.setattr(cli.state, "registry", lambda: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         unsc("list")
 

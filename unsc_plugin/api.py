@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from unsc_plugin import _notebook, engine, evaluation, forget, models, own_data
+from unsc_plugin import _notebook, engine, evaluation, forget, models, own_data, registry
 from unsc_plugin._notebook import Measured, Sheet
 from unsc_plugin.data import Splits
 from unsc_plugin.errors import ConfigError, ForgetSetError, ScenarioNotSupported
@@ -330,8 +330,6 @@ def unlearn(
 
 
 def _method(method: str | UnlearningMethod, settings: Mapping[str, Any]) -> UnlearningMethod:
-    from unsc_plugin import registry
-
     if isinstance(method, str):
         return registry.create(method, **settings)
     if settings:

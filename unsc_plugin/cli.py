@@ -78,12 +78,6 @@ def root(
     state.add(plugin, as_json, quiet, debug)
 
 
-def _registry() -> Registry:
-    from unsc_plugin.registry import load
-
-    return load(state.plugins)
-
-
 # --------------------------------------------------------------------------- list and show
 
 
@@ -101,7 +95,7 @@ def list_(
     state.add(plugin, as_json, quiet, debug)
     if what not in flags.LISTS:
         raise UnknownName("list", what, flags.LISTS, f"one of: {', '.join(flags.LISTS)}")
-    registry = _registry()
+    registry = state.registry()
     rows = lists.list_rows(registry, what)
     shown = [row for row in rows if show_all or row["status"] != "unavailable"]
     if what == "adapters":  # few, and the reason is what one asks for
@@ -136,7 +130,7 @@ def show(
     if name.endswith(".json") or (Path(name) / "record.json").is_file():
         _show_record(Path(name) if name.endswith(".json") else Path(name) / "record.json")
         return
-    registry = _registry()
+    registry = state.registry()
     named = next(
         (found for kind in views.KINDS if (found := getattr(registry, kind).get(name))), None
     )
@@ -225,7 +219,7 @@ def run(
     original_from = arguments.one_of("--mubench-orig", mubench_orig, ("measured", "table"))
     weights = arguments.weights(reference)
     arguments.tracker(log_with)
-    registry = _registry()
+    registry = state.registry()
     tried = arguments.variants(settings) if preflight else [settings]
     every = [
         arguments.experiment(
@@ -445,7 +439,7 @@ def bench_(
         board, out=out_dir, plugins=tuple(state.plugins), device=device, precision=precision,
         threads=threads, data_dir=data_dir, cache=cache,
     )  # fmt: skip
-    registry = _registry()
+    registry = state.registry()
     _check_names(opened, registry)
     wanted = boards.jobs(opened, only=only, seeds=wanted_seeds)
     todo, found = boards.split_done(opened, wanted)
@@ -674,7 +668,7 @@ def check(
 ) -> None:
     """Run the conformance suite over a method: does it do what its name says?"""
     state.add(plugin, as_json, quiet, debug)
-    registry = _registry()
+    registry = state.registry()
     registry.create(method)
     from unsc_plugin import conformance
     from unsc_plugin.bench import write_text

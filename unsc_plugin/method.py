@@ -869,6 +869,18 @@ class Result:
     targets: Tensor | None = None
     weights: Weights | None = None
 
+    @property
+    def cost(self) -> dict[str, float]:
+        """What a record keeps: seconds, work, steps, epochs, and the peak where it is known."""
+        found: dict[str, float] = {
+            "seconds_prepare": self.seconds_prepare,
+            "seconds_unlearn": self.seconds_unlearn,
+            "work": self.work,
+            "steps": self.steps,
+            "epochs": self.epochs,
+        }
+        return found if self.peak_bytes is None else found | {"peak_bytes": self.peak_bytes}
+
 
 class UnlearningMethod(abc.ABC):
     """Base of all methods; see the module's text. Class data say what a method is held to.

@@ -692,15 +692,7 @@ def _config_of(setting: Setting, unit: Unit) -> tuple[dict[str, Any], list[str]]
 def _cost(
     result: Result, references: Sequence[tuple[Member, Outputs]], setting: Setting
 ) -> dict[str, float]:
-    cost: dict[str, float] = {
-        "seconds_prepare": result.seconds_prepare,
-        "seconds_unlearn": result.seconds_unlearn,
-        "work": result.work,
-        "steps": result.steps,
-        "epochs": result.epochs,
-    }
-    if result.peak_bytes is not None:
-        cost["peak_bytes"] = result.peak_bytes
+    cost = result.cost
     retrained = [member.meta for member, _ in references]
     if retrained and min(meta["work"] for meta in retrained) > 0:  # a recipe of 0 epochs has none
         cost["work_ratio"] = result.work / statistics.median(meta["work"] for meta in retrained)

@@ -321,7 +321,7 @@ FILES["mubench/trainer/base.py"] = """
             self.method_specific_setup()
 
         def method_specific_setup(self):
-            raise NotImplementedError
+            raise NotImplementedError  # as there: every method brings its own
 
         def unlearn(self, resume_from_checkpoint=None, trial=None, ignore_keys_for_eval=None,
                     **kwargs):
@@ -333,7 +333,7 @@ FILES["mubench/trainer/base.py"] = """
 
         def method_specific_unlearn(self, resume_from_checkpoint=None, trial=None,
                                     ignore_keys_for_eval=None, **kwargs):
-            raise NotImplementedError
+            raise NotImplementedError  # as there: every method brings its own
 
         def get_eval_dataloader(self, eval_dataset=None):
             return torch.utils.data.DataLoader(

@@ -8,12 +8,15 @@ import re
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
+
+if TYPE_CHECKING:
+    from unsc_plugin.registry import Registry
 
 ABSENT = "–"
 
@@ -32,6 +35,12 @@ class Globals:
     def clear(self) -> None:
         """Forget what an earlier command line of this process said."""
         self.plugins, self.as_json, self.quiet, self.debug = [], False, False, False
+
+    def registry(self) -> Registry:
+        """Return all names, those of the plugins that were named included."""
+        from unsc_plugin.registry import load
+
+        return load(self.plugins)
 
     def add(self, plugins: list[str] | None, as_json: bool, quiet: bool, debug: bool) -> None:
         """Take in the flags of one place; a plugin named twice counts once."""

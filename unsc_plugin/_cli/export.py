@@ -4,15 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import typer
 
 from unsc_plugin._cli import flags
 from unsc_plugin._cli.console import complain, emit, line, state
-
-if TYPE_CHECKING:
-    from unsc_plugin.registry import Registry
 
 app = typer.Typer(
     name="export",
@@ -37,7 +33,7 @@ def hub(
 ) -> None:
     """Write the unlearned model with its card and receipt, as its own library reads it."""
     state.add(plugin, as_json, quiet, debug)
-    registry = _registry()
+    registry = state.registry()
     from unsc_plugin.adapters import hub as adapter
 
     done = adapter.export(
@@ -75,7 +71,7 @@ def mubench(
 ) -> None:
     """Write the folder that MU-Bench would have left: logits, numbers, weights."""
     state.add(plugin, as_json, quiet, debug)
-    registry = _registry()
+    registry = state.registry()
     from unsc_plugin.adapters import hub as adapter
 
     files = adapter.export_mubench(
@@ -99,7 +95,7 @@ def hf_row(
 ) -> None:
     """Write the two files of a leaderboard made from the hub's template: result and request."""
     state.add(plugin, as_json, quiet, debug)
-    registry = _registry()
+    registry = state.registry()
     from unsc_plugin.adapters import hub as adapter
 
     files, absent = adapter.export_rows(
@@ -111,12 +107,6 @@ def hf_row(
             "method with --metrics core,mia,mubench"
         )
     _told(directory, files)
-
-
-def _registry() -> Registry:
-    from unsc_plugin.registry import load
-
-    return load(state.plugins)
 
 
 def _told(directory: Path, files: dict[str, str]) -> None:

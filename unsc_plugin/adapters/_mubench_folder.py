@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import nn
+from torch.nn import functional
 
 from unsc_plugin import __version__, models
 from unsc_plugin.errors import NotApplicable, RecordError
@@ -112,18 +114,11 @@ def _of_split(split: str, array: np.ndarray, record: Record, labels: Any) -> dic
     found = {}
     if labels is not None:
         found[f"{split}_accuracy"] = accuracy(array, labels, split=split)
-        found[f"{split}_loss"] = _loss(array, np.asarray(labels))
+        z, y = torch.from_numpy(array).double(), torch.as_tensor(labels).long()
+        found[f"{split}_loss"] = float(functional.cross_entropy(z, y))
     elif name in record.metrics:
         found[f"{split}_accuracy"] = record.metrics[name]
     return found
-
-
-def _loss(logits: np.ndarray, labels: np.ndarray) -> float:
-    """Return the mean cross-entropy."""
-    z = logits.astype(np.float64)
-    top = z.max(axis=1, keepdims=True)
-    log_sum = top[:, 0] + np.log(np.exp(z - top).sum(axis=1))
-    return float((log_sum - z[np.arange(len(z)), labels]).mean())
 
 
 def _save_model(model: nn.Module, folder: Path) -> None:

@@ -20,7 +20,6 @@ from unsc_plugin.adapters._mubench_config import as_json, recipe_of
 from unsc_plugin.adapters._mubench_folder import RECEIPT, read_logits, read_run, write_json
 from unsc_plugin.adapters._mubench_plan import Run
 from unsc_plugin.errors import ConfigError
-from unsc_plugin.method import Result
 from unsc_plugin.metrics import distance, divergence, mubench
 from unsc_plugin.record import Record, Unit
 from unsc_plugin.runtime import state_sha256
@@ -115,7 +114,7 @@ def _record(run: Run, seen: Seen) -> Record:
         missing={}
         if "mubench.knowledge_gap" in metrics or not metrics
         else {"mubench.knowledge_gap": "fewer retained than forgotten rows"},
-        cost=_cost(result),
+        cost=result.cost if result else {},
         stats={"samples_read": {str(k): v for k, v in result.read.items()}, **result.stats}
         if result
         else {},
@@ -195,19 +194,4 @@ def _hashes(run: Run) -> dict[str, str]:
         found["original"] = run.original["sha256"]
     if run.result is not None:
         found["unlearned"] = state_sha256(run.result.model)
-    return found
-
-
-def _cost(result: Result | None) -> dict[str, float]:
-    if result is None:
-        return {}
-    found: dict[str, float] = {
-        "seconds_prepare": result.seconds_prepare,
-        "seconds_unlearn": result.seconds_unlearn,
-        "work": result.work,
-        "steps": result.steps,
-        "epochs": result.epochs,
-    }
-    if result.peak_bytes is not None:
-        found["peak_bytes"] = result.peak_bytes
     return found
